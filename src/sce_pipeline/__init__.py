@@ -1,0 +1,3 @@
+"""Train next-item recommenders over large catalogues and compare their losses."""
+
+__version__ = "0.1.0"
