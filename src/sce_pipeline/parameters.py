@@ -1,0 +1,207 @@
+"""The parameters of a run, a model per group; a misspelt key or a bad value fails before any node.
+
+The defaults live in ``conf/base``, not here, so that every value in force can be read there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+"""A number strictly between 0 and 1."""
+
+
+class Parameters(BaseModel):
+    """What all groups share: unknown keys are errors, values cannot be changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Parameters):
+    """Names of the log's columns in the file."""
+
+    user: str
+    item: str
+    timestamp: str
+
+
+class ItemColumns(Parameters):
+    """Names of the columns of the optional table of items."""
+
+    item: str
+    title: str
+
+
+class Filters(Parameters):
+    """Which rows are kept for their item's and their user's number of interactions.
+
+    Items with fewer than ``min_users_per_item`` distinct users go first, then users with fewer than
+    ``min_items_per_user`` distinct items: one pass as in the SCE paper, or, with ``iterate``, again
+    and again until nothing more is dropped.
+    """
+
+    min_users_per_item: PositiveInt
+    min_items_per_user: PositiveInt
+    iterate: bool
+
+
+class TemporalSplit(Parameters):
+    """Cut the log at a moment: the ``quantile`` of all timestamps.
+
+    ``train_users: all`` trains on everybody's past and cuts once more, at ``validation_quantile``
+    (by default as much of the log before the test cut as lies after it), for validation.
+    ``train_users: disjoint`` is the SCE paper's: users seen after the cut are left out of training.
+    """
+
+    name: Literal["temporal"]
+    quantile: OpenFraction
+    train_users: Literal["all", "disjoint"]
+    validation_quantile: OpenFraction | None = None
+
+    @model_validator(mode="after")
+    def _check_validation_quantile(self) -> TemporalSplit:
+        if self.train_users == "disjoint":
+            if self.validation_quantile is not None:
+                raise ValueError(
+                    "validation_quantile has no meaning with train_users: disjoint, "
+                    "where validation and test share one cut; leave it out"
+                )
+        elif not 0 < self.validation_cut < self.quantile:
+            raise ValueError(
+                f"validation_quantile must lie between 0 and quantile = {self.quantile}, "
+                f"got {self.validation_cut:g}; set it when quantile is 0.5 or less"
+            )
+        return self
+
+    @property
+    def validation_cut(self) -> float:
+        """The quantile of the validation cut, given or derived."""
+        if self.validation_quantile is not None:
+            return self.validation_quantile
+        return 2 * self.quantile - 1
+
+
+class LeaveOneOutSplit(Parameters):
+    """The last item of each user is the test target, the one before it the validation target."""
+
+    name: Literal["leave_one_out"]
+
+
+class DataProcessingParameters(Parameters):
+    """From a raw log to sequences.
+
+    ``stride: null`` trains on the last ``max_length + 1`` items of each user; a number adds earlier
+    windows, each ending so many items before the next, until the whole history is covered.
+    """
+
+    columns: Columns
+    item_columns: ItemColumns
+    filters: Filters
+    split: Annotated[TemporalSplit | LeaveOneOutSplit, Field(discriminator="name")]
+    max_length: PositiveInt
+    stride: PositiveInt | None
+
+
+class SASRecParameters(Parameters):
+    """Size of the SASRec backbone (Kang & McAuley, 2018, arXiv 1808.09781)."""
+
+    name: Literal["sasrec"]
+    hidden_size: PositiveInt
+    n_blocks: PositiveInt
+    n_heads: PositiveInt
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> SASRecParameters:
+        if self.hidden_size % self.n_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of n_heads, "
+                f"got hidden_size = {self.hidden_size} and n_heads = {self.n_heads}"
+            )
+        return self
+
+
+class CEParameters(Parameters):
+    """Cross-entropy over the whole catalogue."""
+
+    name: Literal["ce"]
+
+
+class _SampledParameters(Parameters):
+    """Negatives drawn uniformly from the catalogue; see ``losses.negatives``."""
+
+    n_negatives: PositiveInt
+    shared: Literal["token", "sequence", "batch"]
+    exclude: Literal["history", "target"]
+
+
+class CEMinusParameters(_SampledParameters):
+    """CE⁻: cross-entropy over the target and sampled negatives."""
+
+    name: Literal["ce_minus"]
+    log_correction: bool
+
+
+class BCEParameters(_SampledParameters):
+    """Binary cross-entropy over the target and sampled negatives."""
+
+    name: Literal["bce"]
+
+
+class GBCEParameters(_SampledParameters):
+    """gBCE (Petrov & Macdonald, 2023, arXiv 2308.07192) with calibration ``t``."""
+
+    name: Literal["gbce"]
+    t: Annotated[float, Field(ge=0, le=1)]
+
+
+class SCEParameters(Parameters):
+    """SCE (Mezentsev et al., 2024, arXiv 2409.18721).
+
+    ``auto`` sizes follow the paper: 2·√(tokens in the batch) for ``n_buckets`` and
+    ``bucket_size_x``.
+    """
+
+    name: Literal["sce"]
+    n_buckets: PositiveInt | Literal["auto"]
+    bucket_size_x: PositiveInt | Literal["auto"]
+    bucket_size_y: PositiveInt
+    mix_x: bool
+
+
+LossParameters = Annotated[
+    CEParameters | CEMinusParameters | BCEParameters | GBCEParameters | SCEParameters,
+    Field(discriminator="name"),
+]
+
+
+class TrainingParameters(Parameters):
+    """How a model is trained; ``patience`` counts epochs without a better validation NDCG@10."""
+
+    seed: Annotated[int, Field(ge=0)]
+    model: SASRecParameters
+    loss: LossParameters
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    betas: tuple[OpenFraction, OpenFraction]
+    max_epochs: PositiveInt
+    patience: PositiveInt
+    accelerator: Literal["auto", "cpu", "gpu"]
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+class EvaluationParameters(Parameters):
+    """How a model is measured.
+
+    ``filter_seen`` keeps the items of a user's history out of the ranking, here and in validation.
+    Intervals come from ``n_bootstrap`` resamples of the users at the given ``confidence``.
+    """
+
+    cutoffs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    filter_seen: bool
+    n_bootstrap: PositiveInt
+    confidence: OpenFraction
+    seed: Annotated[int, Field(ge=0)]
+    accelerator: Literal["auto", "cpu", "gpu"]

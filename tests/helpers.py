@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_log(n_users=60, n_items=30, length=24, seed=0):
+    """Rows of users who walk the catalogue in steps of one, in overlapping stretches of time."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for user in range(n_users):
+        start = generator.integers(n_items)
+        times = np.sort(generator.integers(0, 1000, length)) + 40 * user
+        rows += [
+            (f"u{user}", f"i{(start + step) % n_items}", int(1_500_000_000 + 60 * time))
+            for step, time in enumerate(times)
+        ]
+    return rows
