@@ -1,0 +1,85 @@
+"""Ids → indices: items and users are numbered in the order of their ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import narwhals.stable.v2 as nw
+
+from sce_pipeline.interactions.columns import ROW, identifiers, require_columns
+from sce_pipeline.interactions.parts import IN_TIME
+from sce_pipeline.interactions.reports import Report, collect_rows
+from sce_pipeline.parameters import ItemColumns
+
+_TABLE = "The table of items"
+_INTEGER = r"^-?[0-9]{1,18}$"
+
+
+def encode_interactions(
+    interactions: nw.LazyFrame[Any],
+    item_titles: nw.LazyFrame[Any] | None,
+    item_columns: ItemColumns,
+) -> tuple[nw.LazyFrame[Any], nw.LazyFrame[Any], nw.LazyFrame[Any], Report]:
+    """Number the users and the items 0, 1, … and look up the items' titles.
+
+    Args:
+        interactions: Columns user, item, timestamp, row and part. The items in it are the
+            catalogue.
+        item_titles: A table of items with any columns and ``row``, or None.
+        item_columns: Which of them are the item's id and title.
+
+    Returns:
+        The interactions with user and item (Int32), timestamp, row and part, user after user in
+        time; the items: item (Int32), itemid (String) and title (String, null where unknown); the
+        users: user (Int32) and userid (String); and the report.
+
+    Raises:
+        InteractionsError: The table of items lacks a column or has ids without meaning.
+    """
+    interactions = interactions.rename({"user": "userid", "item": "itemid"})
+    users = _number(interactions, "userid", "user")
+    items = _number(interactions, "itemid", "item")
+    repeated = 0
+    if item_titles is None:
+        items = items.with_columns(title=nw.lit(None, nw.String))
+    else:
+        titles, repeated = _read_titles(item_titles, item_columns)
+        items = items.join(titles, on="itemid", how="left")
+    items = items.select("item", "itemid", "title").sort("item")
+    encoded = (
+        interactions.join(users, on="userid")
+        .join(items.select("item", "itemid"), on="itemid")
+        .select("user", "item", "timestamp", "row", "part")
+        .sort("user", *IN_TIME)
+    )
+    (report,) = collect_rows(
+        items.select(items=nw.len(), items_without_title=nw.col("title").null_count())
+    )
+    return encoded, items, users, report | {"repeated_item_rows": repeated}
+
+
+def _number(interactions: nw.LazyFrame[Any], id_name: str, index_name: str) -> nw.LazyFrame[Any]:
+    """Number distinct ids in their order: that of numbers if all are integers, else of text."""
+    ids = interactions.select(id_name).unique()
+    (are,) = collect_rows(ids.select(integers=nw.col(id_name).str.contains(_INTEGER).all()))
+    order = [id_name]
+    if are["integers"]:
+        ids = ids.with_columns(number=nw.col(id_name).cast(nw.Int64))
+        order = ["number", id_name]  # 7 and 07 are different ids
+    numbered = ids.with_row_index(index_name, order_by=order)
+    return numbered.select(nw.col(index_name).cast(nw.Int32), id_name).sort(index_name)
+
+
+def _read_titles(table: nw.LazyFrame[Any], columns: ItemColumns) -> tuple[nw.LazyFrame[Any], int]:
+    """Read the titles, the first row of each id, and count the rows after the first."""
+    roles = {f"item_columns.{role}": name for role, name in columns.model_dump().items()}
+    require_columns(table, roles, _TABLE)
+    text = nw.col(columns.title).cast(nw.String)
+    titles = table.select(
+        itemid=identifiers(table, columns.item, _TABLE),
+        title=nw.when(text.str.strip_chars() != "").then(text),
+        row=nw.col(ROW),
+    ).filter(~nw.col("itemid").is_null())
+    (size,) = collect_rows(titles.select(rows=nw.len(), ids=nw.col("itemid").n_unique()))
+    first = titles.unique(["itemid"], keep="first", order_by=["row"]).select("itemid", "title")
+    return first, size["rows"] - size["ids"]

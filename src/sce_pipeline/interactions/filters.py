@@ -1,0 +1,95 @@
+"""Which rows stay for their item's number of users and their user's number of items."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import narwhals.stable.v2 as nw
+
+from sce_pipeline.interactions.errors import InteractionsError
+from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.parameters import Filters
+
+
+def filter_interactions(
+    interactions: nw.LazyFrame[Any], filters: Filters
+) -> tuple[nw.LazyFrame[Any], Report]:
+    """Drop items with few distinct users, then users with few distinct items.
+
+    Repeated interactions are kept but count once. With ``filters.iterate`` both steps are repeated
+    until neither drops anything (the k-core); the distinct pairs of a user and an item are then
+    held in memory.
+
+    Returns:
+        The rows that stay, in the order of the file, and the report.
+
+    Raises:
+        InteractionsError: No row stays.
+    """
+    all_pairs = interactions.group_by("user", "item").agg(rows=nw.len())
+    pairs, passes, rare, brief = all_pairs, 0, 0, 0
+    while True:
+        labelled = _label(pairs, filters)
+        tallies = _tally(labelled)
+        passes += 1
+        rare += tallies["rare"]["rows"]
+        brief += tallies["brief"]["rows"]
+        kept = tallies["kept"]
+        if kept["rows"] == 0:
+            raise InteractionsError(_nothing_left(all_pairs, filters))
+        pairs = labelled.filter(nw.col("fate") == "kept").select("user", "item", "rows")
+        # Items go first: a pass that drops no user leaves every item the users it was kept for.
+        if not filters.iterate or tallies["brief"]["rows"] == 0:
+            break
+        if pairs.implementation.is_polars():  # or every pass would compute all before it again
+            pairs = pairs.collect().lazy()
+    stay = interactions.join(pairs.select("user", "item"), on=["user", "item"], how="semi")
+    report = {
+        "kept": counts(kept),
+        "dropped": {
+            f"item with fewer than {filters.min_users_per_item} users": {"rows": rare},
+            f"user with fewer than {filters.min_items_per_user} items": {"rows": brief},
+        },
+        "passes": passes,
+    }
+    return stay.sort("row"), report
+
+
+def _label(pairs: nw.LazyFrame[Any], filters: Filters) -> nw.LazyFrame[Any]:
+    """Say of each distinct pair whether one pass keeps it, or which threshold is against it."""
+    is_rare = nw.len().over("item") < filters.min_users_per_item
+    n_items = (~nw.col("is_rare")).sum().over("user")
+    fate = (
+        nw.when(nw.col("is_rare"))
+        .then(nw.lit("rare"))
+        .when(n_items < filters.min_items_per_user)
+        .then(nw.lit("brief"))
+        .otherwise(nw.lit("kept"))
+    )
+    return pairs.with_columns(is_rare=is_rare).with_columns(fate=fate)
+
+
+def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, Report]:
+    tallies: dict[str, Report] = {
+        fate: {"rows": 0, "users": 0, "items": 0} for fate in ("rare", "brief", "kept")
+    }
+    by_fate = labelled.group_by("fate").agg(
+        rows=nw.col("rows").sum(),
+        users=nw.col("user").n_unique(),
+        items=nw.col("item").n_unique(),
+    )
+    return tallies | {row["fate"]: counts(row) for row in collect_rows(by_fate)}
+
+
+def _nothing_left(pairs: nw.LazyFrame[Any], filters: Filters) -> str:
+    def largest(group: str) -> int:
+        sizes = pairs.group_by(group).agg(size=nw.len())
+        return int(collect_rows(sizes.select(nw.col("size").max()))[0]["size"])
+
+    return (
+        f"The filters drop every row: no interaction has both an item with at least "
+        f"filters.min_users_per_item = {filters.min_users_per_item} distinct users and a user with "
+        f"at least filters.min_items_per_user = {filters.min_items_per_user} such items"
+        f"{', to the fixed point' if filters.iterate else ''}. In the log an item has at most "
+        f"{largest('item'):,} users and a user at most {largest('user'):,} items; lower the filters"
+    )

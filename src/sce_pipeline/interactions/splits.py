@@ -1,0 +1,208 @@
+"""Which interactions train, which are targets of validation and test, and which are history only.
+
+Every protocol labels each row with its part, or with the reason for which it is dropped.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import narwhals.stable.v2 as nw
+import numpy as np
+
+from sce_pipeline.interactions.errors import InteractionsError
+from sce_pipeline.interactions.parts import CONTEXT, IN_TIME, PARTS, TEST, TRAIN, VALIDATION
+from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.interactions.split_checks import check_parts, check_size
+from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND
+from sce_pipeline.parameters import LeaveOneOutSplit, TemporalSplit
+
+_ROWS_FOR_TEST, _ROWS_FOR_VALIDATION = 2, 3
+"""A target needs a history of at least one row, and the validation target comes before the test."""
+
+_UNSEEN_ITEM = "item unseen in training"
+_BEFORE_CUT = "before the cut, of a user seen after it"
+_NO_TARGET = "user without a target"
+
+
+def split_interactions(
+    interactions: nw.LazyFrame[Any], split: TemporalSplit | LeaveOneOutSplit
+) -> tuple[nw.LazyFrame[Any], Report]:
+    """Split a log into training, validation and test.
+
+    Args:
+        interactions: Columns user, item, timestamp and row.
+        split: The protocol.
+
+    Returns:
+        The rows that belong to a part, with the column ``part`` (String), and the report.
+
+    Raises:
+        InteractionsError: The log is too small or a part is empty, in which case the message names
+            the parameter to change; or a training row is not before all that it must precede.
+    """
+    check_size(interactions)
+    if isinstance(split, LeaveOneOutSplit):
+        cuts: dict[str, datetime] = {}
+        labelled = _leave_one_out(interactions)
+    elif split.train_users == "all":
+        cuts = _find_cuts(interactions, split)
+        labelled = _temporal_all(interactions, cuts[VALIDATION], cuts[TEST])
+    else:
+        cuts = _find_cuts(interactions, split)
+        labelled = _temporal_disjoint(interactions, cuts[TEST])
+
+    tallies = _tally(labelled, cuts)
+    check_parts(tallies, split, cuts)
+    report = {
+        "cuts": {
+            part: {
+                "time": cut.isoformat(),
+                "epoch_seconds": (cut - EPOCH) / MICROSECOND / 1e6,
+            }
+            for part, cut in cuts.items()
+        },
+        "parts": {part: counts(tallies[part]) for part in PARTS},
+        "dropped": {
+            part: {"rows": tally["rows"], "users": tally["users"]}
+            for part, tally in tallies.items()
+            if part not in PARTS
+        },
+        "targets_without_history": sum(tally["without_history"] for tally in tallies.values()),
+        "unseen_item_targets": {part: tallies[part]["unseen"] for part in (VALIDATION, TEST)},
+    }
+    kept = labelled.filter(nw.col("part").is_in(PARTS))
+    return kept.select("user", "item", "timestamp", "row", "part").sort("row"), report
+
+
+def _leave_one_out(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
+    """The last row of a user is the test target, the one before it the validation target."""
+    n_rows, n_later = nw.col("n_rows"), nw.col("n_later")
+    return _number(log, "user").with_columns(
+        without_history=n_rows < _ROWS_FOR_TEST,
+        part=nw.when((n_later == 0) & (n_rows >= _ROWS_FOR_TEST))
+        .then(nw.lit(TEST))
+        .when((n_later == 1) & (n_rows >= _ROWS_FOR_VALIDATION))
+        .then(nw.lit(VALIDATION))
+        .otherwise(nw.lit(TRAIN)),
+    )
+
+
+def _temporal_disjoint(log: nw.LazyFrame[Any], cut: datetime) -> nw.LazyFrame[Any]:
+    """Users seen after the cut are held out whole, and start anew there (the SCE paper's split)."""
+    is_after, is_known = nw.col("is_after"), nw.col("is_known")
+    log = log.with_columns(is_after=nw.col("timestamp") >= nw.lit(cut))
+    log = log.with_columns(is_train=~is_after.any().over("user"))
+    log = log.with_columns(is_known=nw.col("is_train").any().over("item"))
+    log = _number(log.with_columns(is_candidate=is_after & is_known), "user", "is_candidate")
+    n_rows, n_later = nw.col("n_rows"), nw.col("n_later")
+    return log.with_columns(
+        without_history=nw.col("is_candidate") & (n_rows < _ROWS_FOR_TEST),
+        part=nw.when(nw.col("is_train"))
+        .then(nw.lit(TRAIN))
+        .when(~is_after)
+        .then(nw.lit(_BEFORE_CUT))
+        .when(~is_known)
+        .then(nw.lit(_UNSEEN_ITEM))
+        .when(n_rows < _ROWS_FOR_TEST)
+        .then(nw.lit(_NO_TARGET))
+        .when(n_later == 0)
+        .then(nw.lit(TEST))
+        .when((n_later == 1) & (n_rows >= _ROWS_FOR_VALIDATION))
+        .then(nw.lit(VALIDATION))
+        .otherwise(nw.lit(CONTEXT)),
+    )
+
+
+def _temporal_all(
+    log: nw.LazyFrame[Any], validation_cut: datetime, test_cut: datetime
+) -> nw.LazyFrame[Any]:
+    """Everybody's past trains; the last row before and after the test cut are the targets."""
+    is_train, is_known, is_test = nw.col("is_train"), nw.col("is_known"), nw.col("is_test")
+    log = log.with_columns(
+        is_train=nw.col("timestamp") < nw.lit(validation_cut),
+        is_test=nw.col("timestamp") >= nw.lit(test_cut),
+    )
+    log = log.with_columns(is_known=is_train.any().over("item"))
+    log = _number(log, "user", "is_known")
+    log = log.with_columns(is_first=nw.col("n_later") == nw.col("n_rows") - 1)
+    log = _number(log, "user", "is_known", "is_train", "is_test")
+    log = log.with_columns(is_last=is_known & ~is_train & (nw.col("n_later") == 0))
+    log = log.with_columns(is_target=nw.col("is_last") & ~nw.col("is_first"))
+    log = log.with_columns(has_target=nw.col("is_target").any().over("user"))
+    return log.with_columns(
+        without_history=nw.col("is_last") & nw.col("is_first"),
+        part=nw.when(is_train)
+        .then(nw.lit(TRAIN))
+        .when(~is_known)
+        .then(nw.lit(_UNSEEN_ITEM))
+        .when(nw.col("is_target") & is_test)
+        .then(nw.lit(TEST))
+        .when(nw.col("is_target"))
+        .then(nw.lit(VALIDATION))
+        .when(nw.col("has_target"))
+        .then(nw.lit(CONTEXT))
+        .otherwise(nw.lit(_NO_TARGET)),
+    )
+
+
+def _number(log: nw.LazyFrame[Any], *group: str) -> nw.LazyFrame[Any]:
+    """Add to each row how many rows its group has, and how many of them are later than it."""
+    n_so_far = nw.col("row").cum_count().over(*group, order_by=IN_TIME)
+    log = log.with_columns(n_rows=nw.len().over(*group).cast(nw.Int64), n_so_far=n_so_far)
+    return log.with_columns(n_later=nw.col("n_rows") - nw.col("n_so_far").cast(nw.Int64))
+
+
+def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, datetime]:
+    """The moments from which on rows are validation and test rows.
+
+    NumPy takes the quantile because its "nearest" rounds halves as the paper's pandas does; the
+    engines have rules of their own.
+    """
+    timestamps = log.select("timestamp").collect()["timestamp"].to_numpy()
+    microseconds = timestamps.astype("datetime64[us]").astype(np.int64)
+    quantiles = (
+        [split.validation_cut, split.quantile]
+        if split.train_users == "all"
+        else [split.quantile, split.quantile]
+    )
+    validation, test = (
+        EPOCH + int(cut) * MICROSECOND
+        for cut in np.quantile(microseconds, quantiles, method="nearest")
+    )
+    if split.train_users == "all" and validation == test:
+        raise InteractionsError(
+            f"The validation and the test cut fall on the same moment, {test.isoformat()}: choose "
+            f"split.validation_quantile = {split.validation_cut:g} and split.quantile = "
+            f"{split.quantile:g} farther apart"
+        )
+    return {VALIDATION: validation, TEST: test}
+
+
+def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, dict[str, int]]:
+    """Count every part and every reason for dropping, and the leaks, in one pass over the log."""
+    is_train = nw.col("part") == TRAIN
+    is_target = nw.col("part").is_in([VALIDATION, TEST])
+    checked = _number(labelled, "user").with_columns(
+        is_seen=is_train.any().over("item"),
+        first_target=nw.when(is_target).then(nw.col("n_so_far")).min().over("user"),
+    )
+    is_late = (nw.col("n_so_far") > nw.col("first_target")).fill_null(False)
+    if cuts:
+        is_late = is_late | (nw.col("timestamp") >= nw.lit(min(cuts.values())))
+    by_part = (
+        checked.with_columns(is_leak=is_train & is_late, is_unseen=~nw.col("is_seen"))
+        .group_by("part")
+        .agg(
+            rows=nw.len(),
+            users=nw.col("user").n_unique(),
+            items=nw.col("item").n_unique(),
+            leaks=nw.col("is_leak").sum(),
+            unseen=nw.col("is_unseen").sum(),
+            without_history=nw.col("without_history").sum(),
+        )
+    )
+    empty = dict.fromkeys(("rows", "users", "items", "leaks", "unseen", "without_history"), 0)
+    tallies = {row.pop("part"): row for row in collect_rows(by_part.sort("part"))}
+    return dict.fromkeys(PARTS, empty) | tallies

@@ -1,0 +1,1 @@
+"""The Kedro side: thin nodes and their wiring, one package for each stage."""

@@ -1,0 +1,137 @@
+"""Nodes of the data stage: frames of any engine in, frames of the same engine and reports out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import narwhals.stable.v2 as nw
+from narwhals.stable.v2.typing import IntoFrame
+
+from sce_pipeline.interactions import cleaning, encoding, filters, sequences, splits, summary
+from sce_pipeline.interactions.reports import Report
+from sce_pipeline.interactions.sequences import Arrays
+from sce_pipeline.parameters import DataProcessingParameters
+
+logger = logging.getLogger(__name__)
+
+
+def clean_interactions(
+    raw_interactions: IntoFrame, parameters: DataProcessingParameters
+) -> tuple[IntoFrame, Report]:
+    """Bring the raw log to users, items, timestamps and rows; drop rows that cannot be used."""
+    interactions, report = cleaning.clean_interactions(_lazy(raw_interactions), parameters.columns)
+    logger.info(
+        "Kept %s of a raw log of %s%s; timestamps read as %s, from %s to %s",
+        _size(report["kept"]),
+        _size(report["raw"]),
+        _losses(report),
+        report["timestamp_unit"],
+        report["first_timestamp"],
+        report["last_timestamp"],
+    )
+    return interactions.to_native(), report
+
+
+def filter_interactions(
+    interactions: IntoFrame, parameters: DataProcessingParameters
+) -> tuple[IntoFrame, Report]:
+    """Drop items with few users, then users with few items."""
+    filtered, report = filters.filter_interactions(_lazy(interactions), parameters.filters)
+    logger.info(
+        "Kept %s after filtering (passes: %d)%s",
+        _size(report["kept"]),
+        report["passes"],
+        _losses(report),
+    )
+    return filtered.to_native(), report
+
+
+def split_interactions(
+    filtered_interactions: IntoFrame, parameters: DataProcessingParameters
+) -> tuple[IntoFrame, Report]:
+    """Tell which rows train, which are targets and which are history only."""
+    split, report = splits.split_interactions(_lazy(filtered_interactions), parameters.split)
+    parts, unseen = report["parts"], report["unseen_item_targets"]
+    logger.info(
+        "Train on %s; %s validation and %s test users, %s and %s of them with a target unseen in "
+        "training%s",
+        _size(parts["train"]),
+        f"{parts['validation']['users']:,}",
+        f"{parts['test']['users']:,}",
+        f"{unseen['validation']:,}",
+        f"{unseen['test']:,}",
+        _losses(report),
+    )
+    return split.to_native(), report
+
+
+def encode_interactions(
+    split_interactions: IntoFrame,
+    item_titles: IntoFrame | None,
+    parameters: DataProcessingParameters,
+) -> tuple[IntoFrame, IntoFrame, IntoFrame]:
+    """Number users and items, and look up the items' titles."""
+    encoded, items, users, report = encoding.encode_interactions(
+        _lazy(split_interactions),
+        None if item_titles is None else _lazy(item_titles),
+        parameters.item_columns,
+    )
+    logger.info(
+        "Catalogue of %s items, %s of them without a title",
+        f"{report['items']:,}",
+        f"{report['items_without_title']:,}",
+    )
+    if report["repeated_item_rows"]:
+        logger.warning(
+            "The table of items repeats an id in %s rows: the first row of an id counts",
+            f"{report['repeated_item_rows']:,}",
+        )
+    return encoded.to_native(), items.collect().to_native(), users.collect().to_native()
+
+
+def build_sequences(
+    encoded_interactions: IntoFrame, parameters: DataProcessingParameters
+) -> tuple[Arrays, Arrays, Arrays, Arrays, Report]:
+    """Lay out training windows, held-out histories and the items' popularity as flat arrays."""
+    train, validation, test, popularity, report = sequences.build_sequences(
+        _lazy(encoded_interactions), parameters.max_length, parameters.stride
+    )
+    logger.info(
+        "%s training windows with %s targets; %s rows lie outside every window and %s users have "
+        "none; %.1f%% of consecutive events share a timestamp",
+        f"{report['windows']:,}",
+        f"{report['targets']:,}",
+        f"{report['rows_outside_windows']:,}",
+        f"{report['users_without_window']:,}",
+        100 * report["ties"]["share_of_pairs"],
+    )
+    return train, validation, test, popularity, report
+
+
+def summarise_data(
+    cleaning_report: Report,
+    filter_report: Report,
+    split_report: Report,
+    sequence_report: Report,
+    items: IntoFrame,
+) -> Report:
+    """Put the reports of all steps together."""
+    return summary.summarise(
+        cleaning_report, filter_report, split_report, sequence_report, _lazy(items)
+    )
+
+
+def _lazy(frame: IntoFrame) -> nw.LazyFrame[Any]:
+    return nw.from_native(frame).lazy()
+
+
+def _size(counts: Report) -> str:
+    return f"{counts['rows']:,} rows, {counts['users']:,} users, {counts['items']:,} items"
+
+
+def _losses(report: Report) -> str:
+    losses = [
+        f"{loss['rows']:,} rows ({why})" for why, loss in report["dropped"].items() if loss["rows"]
+    ]
+    return f"; dropped {', '.join(losses)}" if losses else ""

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+
+import narwhals.stable.v2 as nw
+import polars as pl
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sce_pipeline.interactions.cleaning import clean_interactions
+from sce_pipeline.interactions.errors import InteractionsError
+from sce_pipeline.parameters import Columns
+
+COLUMNS = Columns(user="who", item="what", timestamp="when")
+NOON = datetime(2014, 7, 18, 12, 30, 5)
+NOON_SECONDS = 1405686605
+
+
+def clean(**columns):
+    length = max(len(values) for values in columns.values() if not isinstance(values, str))
+    defaults = {"who": ["u"] * length, "what": ["i"] * length, "when": [NOON_SECONDS] * length}
+    frame = pl.LazyFrame(defaults | columns | {"row": range(length)})
+    cleaned, report = clean_interactions(nw.from_native(frame), COLUMNS)
+    return cleaned.to_native().collect(), report
+
+
+def read_times(values):
+    """What each timestamp is read as, None for rows that are dropped."""
+    cleaned, _ = clean(when=values)
+    times = dict(zip(cleaned["row"], cleaned["timestamp"], strict=True))
+    return [times.get(row) for row in range(len(values))]
+
+
+def test_the_columns_and_types_are_those_of_the_contract():
+    cleaned, report = clean(who=["b", "a"], what=["x", "y"], when=["1", "2"], other=["?", "?"])
+    assert dict(cleaned.schema) == {
+        "user": pl.String,
+        "item": pl.String,
+        "timestamp": pl.Datetime("us"),
+        "row": pl.Int64,
+    }
+    assert cleaned.rows() == [
+        ("b", "x", datetime(1970, 1, 1, 0, 0, 1), 0),
+        ("a", "y", datetime(1970, 1, 1, 0, 0, 2), 1),
+    ]
+    assert report == {
+        "raw": {"rows": 2, "users": 2, "items": 2},
+        "kept": {"rows": 2, "users": 2, "items": 2},
+        "dropped": {},
+        "timestamp_unit": "seconds",
+        "first_timestamp": "1970-01-01T00:00:01",
+        "last_timestamp": "1970-01-01T00:00:02",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "ids"),
+    [
+        (["a", "07", " b", "1.0"], ["a", "07", " b", "1.0"]),
+        (pl.Series([7, 2**62], dtype=pl.Int64), ["7", str(2**62)]),
+        (pl.Series([7.0, -1.0, 1.5, 2.0**53]), ["7", "-1", "1.5", "9007199254740992"]),
+        (pl.Series([Decimal("7.00"), Decimal("10.00")]), ["7", "10"]),
+        (pl.Series(["a", "b"], dtype=pl.Categorical), ["a", "b"]),
+    ],
+)
+def test_ids_are_kept_as_they_stand_and_whole_numbers_lose_their_point(values, ids):
+    cleaned, _ = clean(who=values)
+    assert cleaned["user"].to_list() == ids
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale"),
+    [("seconds", 1), ("milliseconds", 10**3), ("microseconds", 10**6), ("nanoseconds", 10**9)],
+)
+@pytest.mark.parametrize("as_text", [True, False])
+def test_the_unit_of_numbers_is_told_by_the_whole_column(unit, scale, as_text):
+    # 0 and the outlier are no reason to read the other values otherwise.
+    numbers = [NOON_SECONDS * scale, (NOON_SECONDS + 1) * scale, 0, NOON_SECONDS * scale, 10**18]
+    cleaned, report = clean(when=[str(number) for number in numbers] if as_text else numbers)
+    assert report["timestamp_unit"] == unit
+    assert cleaned["timestamp"].to_list()[:4] == [
+        NOON,
+        NOON + timedelta(seconds=1),
+        datetime(1970, 1, 1),
+        NOON,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        (f"{NOON_SECONDS}", NOON),
+        (f" {NOON_SECONDS}.0\n", NOON),
+        (f"{NOON_SECONDS}.25", NOON + timedelta(seconds=0.25)),
+        ("1.000001", datetime(1970, 1, 1, 0, 0, 1, 1)),  # in binary a little less
+        ("1.405686605e9", NOON),
+        ("-1", datetime(1969, 12, 31, 23, 59, 59)),
+        ("2014-07-18", datetime(2014, 7, 18)),
+        ("2014-07-18T12:30", datetime(2014, 7, 18, 12, 30)),
+        ("2014-07-18 12:30:05", NOON),
+        ("2014-07-18T12:30:05.123456", NOON + timedelta(microseconds=123456)),
+        ("2014-07-18T12:30:05Z", NOON),
+        ("2014-07-18 12:30:05 UTC", NOON),
+        ("2014-07-18T14:30:05+02:00", NOON),
+        ("2014-07-18T10:00:05-0230", NOON),
+        ("2014-07-18T14:30:05.5+02", NOON + timedelta(seconds=0.5)),
+        ("2012-02-29", datetime(2012, 2, 29)),
+        ("0001-01-01", datetime(1, 1, 1)),
+        ("9999-12-31T23:59:59.999999", datetime(9999, 12, 31, 23, 59, 59, 999999)),
+        ("2014-02-29", None),
+        ("1900-02-29", None),
+        ("2014-13-01", None),
+        ("2014-04-31", None),
+        ("2014-07-18T24:00", None),
+        ("2014-07-18T12:30:05+2", None),
+        ("0000-01-01", None),
+        ("0001-01-01T00:00+01:00", None),
+        ("9999-12-31T23:00-01:00", None),
+        ("18/07/2014", None),
+        ("yesterday", None),
+        ("1e30", None),
+        ("1e999", None),
+        ("nan", None),
+        ("١٤٠٥٦٨٦٦٠٥", None),
+    ],
+)
+def test_text_is_read_row_by_row(text, moment):
+    seconds = str(NOON_SECONDS)
+    assert read_times([seconds, seconds, text, "2014-07-18T12:30:05"]) == [NOON, NOON, moment, NOON]
+
+
+def read_by_the_standard_library(text):
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        return moment
+    try:
+        return moment.astimezone(timezone.utc).replace(tzinfo=None)
+    except OverflowError:  # a zone that leads out of the years 1 to 9999
+        return None
+
+
+offsets = st.integers(-23 * 60, 23 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
+iso_dates = st.builds(
+    datetime.isoformat,
+    st.datetimes(timezones=st.none() | offsets),
+    st.sampled_from(["T", " "]),
+)
+
+
+@settings(max_examples=15)
+@given(st.lists(iso_dates, min_size=5, max_size=50))
+@example(["9999-12-31T23:59:59.999999", "9999-12-31T23:59:59-00:01", "0001-01-01T00:00+00:01"])
+def test_iso_dates_are_read_as_the_standard_library_reads_them(texts):
+    expected = [read_by_the_standard_library(text) for text in texts]
+    assert read_times(["0", *texts])[1:] == expected
+
+
+@pytest.mark.parametrize(
+    ("series", "moments"),
+    [
+        (pl.Series([date(2014, 7, 18), None]), [datetime(2014, 7, 18), None]),
+        (pl.Series([NOON, None], dtype=pl.Datetime("ms")), [NOON, None]),
+        (pl.Series([NOON, None], dtype=pl.Datetime("ns")), [NOON, None]),
+        (
+            pl.Series([NOON, None]).dt.replace_time_zone("Asia/Tokyo"),
+            [NOON - timedelta(hours=9), None],
+        ),
+        (
+            pl.Series([0, 2**61, -(2**61)]).cast(pl.Datetime("ms")),
+            [datetime(1970, 1, 1), None, None],
+        ),
+        (pl.Series([0, 2**31 - 1], dtype=pl.Int32).cast(pl.Date), [datetime(1970, 1, 1), None]),
+        (pl.Series([NOON_SECONDS + 0.25]), [NOON + timedelta(seconds=0.25)]),
+        (
+            pl.Series([float(NOON_SECONDS), float("nan"), float("inf"), None]),
+            [NOON, None, None, None],
+        ),
+        (pl.Series([Decimal(NOON_SECONDS)]), [NOON]),
+    ],
+)
+def test_typed_columns_are_read_in_any_unit_and_time_zone(series, moments):
+    assert read_times(series) == moments
+
+
+def test_rows_are_dropped_for_the_first_reason_and_counted():
+    cleaned, report = clean(
+        who=["a", None, "", "b", "  ", "b", "b", "c"],
+        what=["x", "x", "x", None, None, "y", "z", "z"],
+        when=["1", "1", "1", "1", None, None, "soon", "later"],
+    )
+    assert cleaned["row"].to_list() == [0]
+    assert report["raw"] == {"rows": 8, "users": 3, "items": 3}
+    assert report["kept"] == {"rows": 1, "users": 1, "items": 1}
+    assert report["dropped"] == {
+        "missing user": {"rows": 3, "first_row": 1},
+        "missing item": {"rows": 1, "first_row": 3},
+        "missing timestamp": {"rows": 1, "first_row": 5},
+        "unparseable timestamp": {"rows": 2, "first_row": 6, "example": "soon"},
+    }
+
+
+def test_nan_is_a_missing_id():
+    _, report = clean(who=pl.Series([1.0, float("nan"), None]))
+    assert report["dropped"] == {"missing user": {"rows": 2, "first_row": 1}}
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "", None]),
+            st.sampled_from(["x", "", None]),
+            st.sampled_from(["1", "2014-07-18", "soon", "", None]),
+        ),
+        max_size=12,
+    )
+)
+def test_every_row_is_kept_or_counted_as_dropped(rows):
+    rows = [("a", "x", "1"), *rows]
+    who, what, when = zip(*rows, strict=True)
+    cleaned, report = clean(who=list(who), what=list(what), when=list(when))
+    assert report["kept"]["rows"] == len(cleaned)
+    assert len(cleaned) + sum(loss["rows"] for loss in report["dropped"].values()) == len(rows)
+    usable = [bool(u) and bool(i) and t in ("1", "2014-07-18") for u, i, t in rows]
+    assert cleaned["row"].to_list() == [row for row, is_usable in enumerate(usable) if is_usable]
+
+
+def test_a_missing_column_is_named_with_those_that_exist():
+    frame = nw.from_native(pl.LazyFrame({"who": ["a"], "item": ["x"], "when": [1], "row": [0]}))
+    message = r"no column 'what', which columns.item asks for; .*: 'who', 'item', 'when'$"
+    with pytest.raises(InteractionsError, match=message):
+        clean_interactions(frame, COLUMNS)
+
+
+def test_a_log_without_the_place_of_its_rows_is_refused():
+    frame = nw.from_native(pl.LazyFrame({"who": ["a"], "what": ["x"], "when": [1]}))
+    with pytest.raises(InteractionsError, match="no column 'row'"):
+        clean_interactions(frame, COLUMNS)
+
+
+@pytest.mark.parametrize("column", ["who", "what", "when"])
+@pytest.mark.parametrize("values", [[True], [[1]], [timedelta(1)]])
+def test_a_column_without_meaning_is_refused(column, values):
+    with pytest.raises(InteractionsError, match=f"column '{column}' has the type"):
+        clean(**{column: values})
+
+
+def test_an_unusable_log_shows_its_first_bad_value():
+    message = (
+        r"None of the 3 rows .* 2 with missing user \(column 'who', first in data row 2\); "
+        r"1 with unparseable timestamp \(column 'when', first in data row 1: 'soon'\)"
+    )
+    with pytest.raises(InteractionsError, match=message):
+        clean(who=["a", "", None], when=["soon", "1", "1"])
+
+
+def test_a_log_without_rows_is_refused():
+    with pytest.raises(InteractionsError, match="has no rows"):
+        clean(**dict.fromkeys(("who", "what", "when"), pl.Series([], dtype=pl.String)))

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+
+import numpy as np
+import polars as pl
+import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+from kedro_datasets.json import JSONDataset
+from kedro_datasets.polars import EagerPolarsDataset, LazyPolarsDataset
+
+from sce_pipeline.datasets.raw_table import RawTableDataset
+from sce_pipeline.parameters import DataProcessingParameters
+from sce_pipeline.pipelines.data_processing import create_pipeline
+
+PARAMETERS = {
+    "columns": {"user": "userid", "item": "itemid", "timestamp": "timestamp"},
+    "item_columns": {"item": "itemid", "title": "title"},
+    "filters": {"min_users_per_item": 1, "min_items_per_user": 1, "iterate": False},
+    "split": {"name": "leave_one_out"},
+    "max_length": 10,
+    "stride": None,
+}
+
+OUTPUTS = {
+    "encoded_interactions",
+    "items",
+    "users",
+    "train_sequences",
+    "validation_sequences",
+    "test_sequences",
+    "item_popularity",
+    "data_summary",
+}
+
+LOG = b"""userid,itemid,timestamp
+7,a,2014-07-18
+7,b,2014-07-19
+7,c,2014-07-20
+7,d,2014-07-21
+,a,2014-07-22
+30,b,2014-07-18
+30,a,2014-07-18
+30,c,2014-07-18
+30,c,tomorrow
+"""
+
+
+def make_catalog(folder, parameters=PARAMETERS):
+    """Raw files of a folder in, and on disk what is on disk in a real run."""
+    parameters = DataProcessingParameters.model_validate(parameters)
+    lazy = ("interactions", "filtered_interactions", "split_interactions", "encoded_interactions")
+    reports = ("cleaning_report", "filter_report", "split_report", "sequence_report")
+    return DataCatalog(
+        {
+            "raw_interactions": RawTableDataset(filepath=str(folder / "raw/interactions")),
+            "item_titles": RawTableDataset(filepath=str(folder / "raw/items"), optional=True),
+            "params:data_processing": MemoryDataset(parameters),
+            "items": EagerPolarsDataset(filepath=folder / "items.parquet", file_format="parquet"),
+        }
+        | {
+            name: LazyPolarsDataset(filepath=folder / f"{name}.parquet", file_format="parquet")
+            for name in lazy
+        }
+        | {name: JSONDataset(filepath=folder / f"{name}.json") for name in reports}
+        | {name: MemoryDataset() for name in OUTPUTS - {"encoded_interactions", "items"}}
+    )
+
+
+def run(folder, parameters=PARAMETERS, **selection):
+    catalog = make_catalog(folder, parameters)
+    SequentialRunner().run(create_pipeline().filter(**selection), catalog)
+    return catalog
+
+
+def test_inputs_outputs_and_names_are_those_of_the_catalog():
+    pipeline = create_pipeline()
+    assert pipeline.inputs() == {"raw_interactions", "item_titles", "params:data_processing"}
+    assert pipeline.outputs() == OUTPUTS - {"encoded_interactions", "items"}
+    assert {node.namespace for node in pipeline.nodes} == {"data_processing"}
+    assert [node.name.removeprefix("data_processing.") for node in pipeline.nodes] == [
+        "clean_interactions",
+        "filter_interactions",
+        "split_interactions",
+        "encode_interactions",
+        "build_sequences",
+        "summarise_data",
+    ]
+    assert all(len(node.inputs) <= 5 for node in pipeline.nodes)
+
+
+def test_a_log_goes_from_file_to_sequences(tmp_path, caplog):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv.gz").write_bytes(gzip.compress(LOG))
+    (tmp_path / "raw/items.csv").write_bytes(b"itemid,title\na,Apple\nb,Banana\na,Avocado\n")
+    with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+        catalog = run(tmp_path)
+
+    assert catalog.load("users").rows() == [(0, "7"), (1, "30")]
+    assert catalog.load("items").rows() == [
+        (0, "a", "Apple"),
+        (1, "b", "Banana"),
+        (2, "c", None),
+        (3, "d", None),
+    ]
+    train = catalog.load("train_sequences")
+    assert train["items"].tolist() == [0, 1, 1]
+    assert train["window_stops"].tolist() == [2]
+    test = catalog.load("test_sequences")
+    assert test["items"].tolist() == [0, 1, 2, 1, 0]
+    assert test["targets"].tolist() == [3, 2]
+    validation = catalog.load("validation_sequences")
+    assert validation["targets"].tolist() == [2, 0]
+    assert catalog.load("item_popularity")["users"].tolist() == [1, 2, 0, 0]
+
+    summary = catalog.load("data_summary")
+    assert json.loads(json.dumps(summary)) == summary
+    assert {step: size["rows"] for step, size in summary["steps"].items()} == {
+        "raw": 9,
+        "clean": 7,
+        "filtered": 7,
+        "train": 3,
+        "validation": 2,
+        "test": 2,
+    }
+    assert summary["catalogue"] == {"items": 4, "without_title": 2}
+
+    messages = [record.getMessage() for record in caplog.records if "sce_pipe" in record.name]
+    assert messages == [
+        "Kept 7 rows, 2 users, 4 items of a raw log of 9 rows, 2 users, 4 items; dropped 1 rows "
+        "(missing user), 1 rows (unparseable timestamp); timestamps read as dates, from "
+        "2014-07-18T00:00:00 to 2014-07-21T00:00:00",
+        "Kept 7 rows, 2 users, 4 items after filtering (passes: 1)",
+        "Train on 3 rows, 2 users, 2 items; 2 validation and 2 test users, 1 and 2 of them with a "
+        "target unseen in training",
+        "Catalogue of 4 items, 2 of them without a title",
+        "The table of items repeats an id in 1 rows: the first row of an id counts",
+        "1 training windows with 1 targets; 1 rows lie outside every window and 1 users have none; "
+        "40.0% of consecutive events share a timestamp",
+    ]
+    assert not any("[" in message for message in messages)
+
+
+def test_a_log_without_titles_is_processed_too(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(LOG)
+    assert run(tmp_path).load("items")["title"].null_count() == 4
+
+
+def test_parquet_gives_what_csv_gives(tmp_path):
+    log = pl.DataFrame(
+        {"userid": [1, 1, 1, 2, 2, 2] * 3, "itemid": [4.0, 5.0, None, 6.0, 5.0, 4.0] * 3}
+    ).with_columns(timestamp=pl.int_range(18) * 1000 + 1_400_000_000_000)
+    for name in ("text/raw", "typed/raw"):
+        (tmp_path / name).mkdir(parents=True)
+    log.write_parquet(tmp_path / "typed/raw/interactions.parquet")
+    log.cast({"itemid": pl.Int64}).write_csv(tmp_path / "text/raw/interactions.csv")
+    text, typed = (run(tmp_path / name) for name in ("text", "typed"))
+    assert_same_outputs(text, typed)
+    assert text.load("data_summary")["cleaning"]["dropped"] == {
+        "missing item": {"rows": 3, "first_row": 2}
+    }
+
+
+def test_a_later_node_runs_on_what_an_earlier_run_left_on_disk(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(LOG)
+    whole = run(tmp_path)
+    (tmp_path / "raw/interactions.csv").unlink()
+    assert_same_outputs(whole, run(tmp_path, from_nodes=["data_processing.filter_interactions"]))
+
+
+def assert_same_outputs(left, right):
+    for name in ("train_sequences", "validation_sequences", "test_sequences", "item_popularity"):
+        arrays = right.load(name)
+        for array, values in left.load(name).items():
+            np.testing.assert_array_equal(arrays[array], values)
+    assert left.load("data_summary") == right.load("data_summary")
+    assert left.load("items").equals(right.load("items"))
+
+
+PAPER = {
+    "filters": {"min_users_per_item": 5, "min_items_per_user": 20, "iterate": False},
+    "split": {"name": "temporal", "quantile": 0.8, "train_users": "disjoint"},
+}
+
+
+@pytest.mark.parametrize(("changes", "n_users"), [({}, 671), (PAPER, 502)])
+def test_movielens(request, tmp_path, changes, n_users):
+    folder = request.config.rootpath / "data/01_raw/movielens_small"
+    (tmp_path / "raw").symlink_to(folder)
+    names = {
+        "columns": {"user": "userId", "item": "movieId", "timestamp": "timestamp"},
+        "item_columns": {"item": "movieId", "title": "title"},
+    }
+    catalog = run(tmp_path, PARAMETERS | names | changes)
+    assert catalog.load("data_summary")["catalogue"]["without_title"] == 0
+    assert catalog.load("train_sequences")["users"].size == n_users
+    assert catalog.load("items")["title"][0] == "Toy Story"
