@@ -1,0 +1,74 @@
+"""BCE and gBCE: binary cross-entropy over the target and sampled negatives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
+from sce_pipeline.losses.sampled import SampledLoss
+
+
+class BCE(SampledLoss):
+    """BCE: the mean binary cross-entropy of a target and its negatives.
+
+    The mean is over ``1 + n_negatives`` terms, of which a rejected negative gives 0.
+    """
+
+    def _mean_of_logits(
+        self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
+    ) -> Tensor:
+        return binary_cross_entropy(positive, negative, beta=1.0)
+
+
+class GBCE(SampledLoss):
+    """gBCE (Petrov & Macdonald, 2023, arXiv 2308.07192): BCE with the target's σ(x) to the power β.
+
+    β = α·(t·(1 - 1/α) + 1/α) with the sampling rate α = n_negatives / (n_items - 1): BCE at t = 0,
+    and at t = 1 calibrated to the share of negatives that is drawn. With more negatives than items
+    to draw them from, α is taken as 1, where gBCE is BCE, and a warning is logged once.
+
+    Args:
+        n_negatives: Negatives of each token.
+        shared: Who shares a draw of negatives; see ``SampledLoss``.
+        exclude: What is no negative; see ``SampledLoss``.
+        t: Calibration, between 0 and 1.
+    """
+
+    def __init__(self, *, n_negatives: int, shared: Shared, exclude: Exclude, t: float) -> None:
+        super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude)
+        self.t = t
+
+    def _mean_of_logits(
+        self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
+    ) -> Tensor:
+        return binary_cross_entropy(positive, negative, beta=self.beta(n_items))
+
+    def beta(self, n_items: int) -> float:
+        """Return the exponent β for a catalogue of ``n_items``."""
+        if self.n_negatives > n_items - 1:
+            self._warn_once(
+                "gBCE has n_negatives = %d, more than the %d items beside a target: "
+                "its sampling rate is taken as 1, which makes it BCE",
+                self.n_negatives,
+                n_items - 1,
+            )
+            return 1.0
+        alpha = self.n_negatives / (n_items - 1)
+        return alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
+
+
+def binary_cross_entropy(positive: Tensor, negative: Tensor, beta: float) -> Tensor:
+    """Return the mean over tokens of ``-(β·log σ(positive) + Σ log σ(-negative)) / (1 + n)``.
+
+    ``-β·log σ(x)`` is the positive term of gBCE at any logit and in any dtype, without the power of
+    σ(x) that overflows. A negative of -inf gives 0 and gets no gradient.
+
+    Args:
+        positive: The targets' logits, [tokens].
+        negative: The negatives' logits, [tokens, n].
+        beta: The exponent β; 1 gives plain binary cross-entropy.
+    """
+    of_target = beta * functional.logsigmoid(positive)
+    of_negatives = functional.logsigmoid(-negative).sum(1)
+    return -(of_target + of_negatives).mean() / (1 + negative.shape[1])

@@ -1,0 +1,49 @@
+"""CE⁻: cross-entropy over the target and sampled negatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
+from sce_pipeline.losses.sampled import SampledLoss
+
+
+class CEMinus(SampledLoss):
+    """CE⁻: ``logsumexp(target and negatives' logits) - target logit``.
+
+    With ``log_correction`` the negatives' logits grow by log(candidates / valid negatives). Let Z
+    be the sum of exp(logit) over the N candidates of a token. The V valid negatives are, given V,
+    independent and uniform over the candidates, so each exp(logit) has the mean Z / N, and their
+    sum, multiplied by N / V, the mean Z: the sum inside the logarithm is then an unbiased estimate
+    of that over the target and all candidates. V may be random, where collisions are rejected; only
+    a token left with V = 0 estimates Z by 0.
+
+    Args:
+        n_negatives: Negatives of each token.
+        shared: Who shares a draw of negatives; see ``SampledLoss``.
+        exclude: What is no negative; see ``SampledLoss``.
+        log_correction: Whether negatives stand for all candidates, or only for themselves.
+    """
+
+    def __init__(
+        self, *, n_negatives: int, shared: Shared, exclude: Exclude, log_correction: bool
+    ) -> None:
+        super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude)
+        self.log_correction = log_correction
+
+    def _mean_of_logits(
+        self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
+    ) -> Tensor:
+        if self.log_correction:
+            negative = negative + log_correction(negatives, negative.dtype)[:, None]
+        logits = torch.cat([positive[:, None], negative], dim=1)
+        first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return functional.cross_entropy(logits, first)
+
+
+def log_correction(negatives: Negatives, dtype: torch.dtype) -> Tensor:
+    """Return log(candidates / valid negatives) of each token, [tokens], never NaN nor +inf."""
+    n_valid = (~negatives.rejected).sum(1).clamp(min=1)
+    return (negatives.n_candidates.to(dtype) / n_valid).log()
