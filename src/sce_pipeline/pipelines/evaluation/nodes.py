@@ -1,0 +1,66 @@
+"""Nodes of the evaluation stage."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from sce_pipeline.evaluation.device import choose_device
+from sce_pipeline.evaluation.metrics import measure
+from sce_pipeline.evaluation.rankers import rank_with_model, rank_with_popularity
+from sce_pipeline.models import load_model
+from sce_pipeline.parameters import EvaluationParameters, TrainingParameters
+
+logger = logging.getLogger(__name__)
+
+
+def rank_items(
+    model_weights: dict[str, torch.Tensor],
+    test_sequences: dict[str, np.ndarray],
+    training: TrainingParameters,
+    evaluation: EvaluationParameters,
+) -> dict[str, np.ndarray]:
+    """Rank all items for every test user by the trained model."""
+    model = load_model(training.model, model_weights).to(choose_device(evaluation.accelerator))
+    return rank_with_model(model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen)
+
+
+def rank_by_popularity(
+    item_popularity: dict[str, np.ndarray],
+    test_sequences: dict[str, np.ndarray],
+    evaluation: EvaluationParameters,
+) -> dict[str, np.ndarray]:
+    """Rank all items for every test user by their popularity, the baseline to beat."""
+    return rank_with_popularity(
+        item_popularity,
+        test_sequences,
+        max(evaluation.cutoffs),
+        evaluation.filter_seen,
+        choose_device(evaluation.accelerator),
+    )
+
+
+def measure_rankings(
+    test_rankings: dict[str, np.ndarray],
+    popularity_rankings: dict[str, np.ndarray],
+    item_popularity: dict[str, np.ndarray],
+    evaluation: EvaluationParameters,
+) -> dict[str, Any]:
+    """Measure the model's rankings and those by popularity."""
+    settings = evaluation.model_dump(include={"cutoffs", "n_bootstrap", "confidence", "seed"})
+    model = measure(test_rankings, item_popularity, **settings)
+    popularity = measure(popularity_rankings, item_popularity, **settings)
+    logger.info(
+        "%d test users, %d of them with a target they had seen: %s",
+        model["n_users"],
+        model["n_repeated_targets"],
+        ", ".join(
+            f"NDCG@{cutoff} {model[f'ndcg@{cutoff}']['value']:.4f}"
+            f" (popularity {popularity[f'ndcg@{cutoff}']['value']:.4f})"
+            for cutoff in evaluation.cutoffs
+        ),
+    )
+    return {"model": model, "popularity": popularity}

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+from kedro.validation.type_extractor import TypeExtractor
+
+from sce_pipeline.evaluation.device import choose_device
+from sce_pipeline.models import build_model
+from sce_pipeline.parameters import EvaluationParameters, TrainingParameters
+from sce_pipeline.pipelines.evaluation import create_pipeline
+from sce_pipeline.pipelines.evaluation.nodes import rank_by_popularity, rank_items
+
+N_ITEMS = 20
+
+
+@pytest.fixture
+def training():
+    return TrainingParameters.model_validate(
+        {
+            "seed": 0,
+            "model": {
+                "name": "sasrec",
+                "hidden_size": 8,
+                "n_blocks": 1,
+                "n_heads": 2,
+                "dropout": 0.1,
+            },
+            "loss": {"name": "ce"},
+            "batch_size": 2,
+            "learning_rate": 0.001,
+            "betas": [0.9, 0.98],
+            "max_epochs": 1,
+            "patience": 1,
+            "accelerator": "cpu",
+            "precision": "32-true",
+        }
+    )
+
+
+@pytest.fixture
+def evaluation():
+    return EvaluationParameters(
+        cutoffs=(1, 5),
+        filter_seen=True,
+        n_bootstrap=50,
+        confidence=0.9,
+        seed=0,
+        accelerator="cpu",
+    )
+
+
+@pytest.fixture
+def inputs(training, evaluation):
+    torch.manual_seed(0)
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 9, size=30)
+    sequences = {
+        "users": generator.permutation(30).astype(np.int32),
+        "items": generator.integers(N_ITEMS, size=lengths.sum()).astype(np.int32),
+        "offsets": np.cumsum([0, *lengths]),
+        "targets": generator.integers(N_ITEMS, size=30).astype(np.int32),
+        "n_items": np.array([N_ITEMS]),
+        "max_length": np.array([4]),
+    }
+    users = generator.integers(1, 40, size=N_ITEMS).astype(np.int32)
+    return {
+        "model_weights": build_model(training.model, N_ITEMS, 4).state_dict(),
+        "test_sequences": sequences,
+        "item_popularity": {"users": users, "n_users": np.array([40])},
+        "params:training": training,
+        "params:evaluation": evaluation,
+    }
+
+
+def run(inputs):
+    datasets = {name: MemoryDataset(data) for name, data in inputs.items()}
+    return SequentialRunner().run(create_pipeline(), DataCatalog(datasets))["metrics"].load()
+
+
+def test_the_stage_ranks_and_measures_model_and_popularity(inputs, training, evaluation, caplog):
+    with caplog.at_level(logging.INFO, logger="sce_pipeline.pipelines.evaluation.nodes"):
+        metrics = run(inputs)
+    sequences = inputs["test_sequences"]
+    by_model = rank_items(inputs["model_weights"], sequences, training, evaluation)
+    by_popularity = rank_by_popularity(inputs["item_popularity"], sequences, evaluation)
+    assert by_model["top_items"].shape == by_popularity["top_items"].shape == (30, 5)
+    for rankings, name in ((by_model, "model"), (by_popularity, "popularity")):
+        hits = (rankings["target_ranks"] <= 5).mean()
+        assert metrics[name]["hr@5"]["value"] == pytest.approx(hits)
+        in_top = (rankings["top_items"] == rankings["targets"][:, None]).any(axis=1)
+        np.testing.assert_array_equal(in_top, rankings["target_ranks"] <= 5)
+    assert metrics["model"]["ndcg@5"] != metrics["popularity"]["ndcg@5"]
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    (message,) = (record.getMessage() for record in caplog.records if record.name.endswith("nodes"))
+    assert f"NDCG@5 {metrics['model']['ndcg@5']['value']:.4f}" in message
+    assert f"{metrics['model']['n_repeated_targets']} of them" in message
+    assert "[" not in message
+
+
+def test_the_order_of_the_users_changes_no_metric(inputs):
+    metrics = run(inputs)
+    sequences = inputs["test_sequences"]
+    order = np.random.default_rng(1).permutation(30)
+    histories = np.split(sequences["items"], sequences["offsets"][1:-1])
+    inputs["test_sequences"] = sequences | {
+        "users": sequences["users"][order],
+        "targets": sequences["targets"][order],
+        "items": np.concatenate([histories[row] for row in order]),
+        "offsets": np.cumsum([0, *(len(histories[row]) for row in order)]),
+    }
+    assert run(inputs) == metrics
+
+
+def test_seen_items_come_back_without_the_filter(inputs, evaluation):
+    inputs["params:evaluation"] = evaluation.model_copy(update={"filter_seen": False})
+    assert run(inputs)["model"]["n_repeated_targets"] == 0
+
+
+def test_weights_of_another_catalogue_are_an_error(inputs, training, evaluation):
+    weights = build_model(training.model, N_ITEMS + 1, 4).state_dict()
+    with pytest.raises(ValueError, match="the sequences are of 20 items, but 21"):
+        rank_items(weights, inputs["test_sequences"], training, evaluation)
+
+
+def test_kedro_checks_the_parameters_and_names_stay_plain():
+    pipeline = create_pipeline()
+    types = TypeExtractor({"evaluation": pipeline}).extract_types_from_pipelines()
+    assert types == {"training": TrainingParameters, "evaluation": EvaluationParameters}
+    assert pipeline.inputs() == {
+        "model_weights",
+        "test_sequences",
+        "item_popularity",
+        "params:training",
+        "params:evaluation",
+    }
+    assert pipeline.outputs() == {"metrics"}
+    assert {node.namespace for node in pipeline.nodes} == {"evaluation"}
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_device_is_the_one_asked_for(monkeypatch, has_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if has_gpu else "cpu")
+    if has_gpu:
+        assert choose_device("gpu").type == "cuda"
+    else:
+        with pytest.raises(ValueError, match=r"evaluation\.accelerator is gpu"):
+            choose_device("gpu")
