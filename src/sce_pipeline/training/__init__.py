@@ -1,0 +1,1 @@
+"""Training: batches of windows, the Lightning module around backbone and loss, one call to fit."""
