@@ -1,0 +1,94 @@
+"""Nodes of the reporting pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from sce_pipeline.parameters import EvaluationParameters
+from sce_pipeline.pipelines.reporting.figures import METRICS
+from sce_pipeline.pipelines.reporting.tables import (
+    describe_interval,
+    render,
+    tabulate_examples,
+    tabulate_metrics,
+)
+
+N_EXAMPLES = 10
+"""Users whose recommendations are shown."""
+
+N_SHOWN = 3
+"""Items shown of a user's history and of the recommendations."""
+
+
+def show_recommendations(
+    test_rankings: dict[str, np.ndarray],
+    test_sequences: dict[str, np.ndarray],
+    items: pl.DataFrame,
+    users: pl.DataFrame,
+) -> pl.DataFrame:
+    """Write out by title what some test users had, are recommended, and took next.
+
+    The users are spread evenly over the test users.
+
+    Returns:
+        One row a user: ``user`` (original id), ``had_last`` and ``recommended`` (titles, a line
+        each, the latest and the best first), ``took`` (title and rank of the target).
+    """
+    titles = items.sort("item").select(pl.coalesce("title", "itemid")).to_series().to_list()
+    ids = users.sort("user")["userid"].to_list()
+    places = {user: place for place, user in enumerate(test_sequences["users"].tolist())}
+    n_users = len(test_rankings["users"])
+    chosen = np.unique(np.linspace(0, n_users - 1, N_EXAMPLES).astype(int))
+
+    def write(numbers: Sequence[int]) -> str:
+        return "\n".join(titles[number] for number in numbers if number >= 0)
+
+    rows = []
+    for row in chosen.tolist():
+        user = int(test_rankings["users"][row])
+        start, stop = test_sequences["offsets"][places[user] :][:2]
+        history = test_sequences["items"][max(start, stop - N_SHOWN) : stop][::-1]
+        rank = int(test_rankings["target_ranks"][row])
+        place = f"{rank:,}" if rank <= len(titles) else "had it before"
+        rows.append(
+            {
+                "user": ids[user],
+                "had_last": write(history.tolist()),
+                "recommended": write(test_rankings["top_items"][row, :N_SHOWN].tolist()),
+                "took": f"{titles[test_rankings['targets'][row]]} ({place})",
+            }
+        )
+    return pl.DataFrame(rows)
+
+
+def report_run(
+    metrics: dict[str, Any],
+    example_recommendations: pl.DataFrame,
+    training_history: dict[str, Any],
+    dataset: str,
+    evaluation: EvaluationParameters,
+) -> str:
+    """Lay out what a run ends with: metrics beside the baseline, and recommendations by title."""
+    parameters = training_history["parameters"]
+    name = f"{parameters['model']['name']} + {parameters['loss']['name']}"
+    rankings = {name: metrics["model"], "popularity": metrics["popularity"]}
+    confidence = evaluation.confidence
+    measured = metrics["model"]
+    sentences = [
+        describe_interval(ranking, values["ndcg@10"], confidence)
+        for ranking, values in rankings.items()
+        if "ndcg@10" in values
+    ]
+    return render(
+        f"{dataset}: test metrics over {measured['n_users']:,} users and "
+        f"{measured['n_items']:,} items, seed {parameters['seed']}",
+        tabulate_metrics(rankings, METRICS, sorted(evaluation.cutoffs)),
+        "\n".join(sentences),
+        "",
+        "Examples from the test users",
+        tabulate_examples(example_recommendations.to_dicts()),
+    )

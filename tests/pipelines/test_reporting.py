@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from sce_pipeline.parameters import EvaluationParameters
+from sce_pipeline.pipelines.reporting.figures import (
+    METRICS,
+    plot_history_lengths,
+    plot_item_popularity,
+    plot_metrics,
+    plot_training_curve,
+)
+from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendations
+
+CUTOFFS = (1, 10)
+HISTORY = {
+    "parameters": {"seed": 3, "model": {"name": "sasrec"}, "loss": {"name": "sce"}},
+    "best_epoch": 2,
+    "epochs": [
+        {"epoch": 1, "loss": 3.0, "ndcg@10": 0.1},
+        {"epoch": 2, "loss": 2.0, "ndcg@10": 0.3},
+        {"epoch": 3, "loss": 1.5, "ndcg@10": 0.2},
+    ],
+}
+
+
+def measured(value):
+    metrics = {"n_users": 1234, "n_items": 99, "n_repeated_targets": 0}
+    for prefix in METRICS:
+        for k in CUTOFFS:
+            metrics[f"{prefix}@{k}"] = {"value": value, "low": value - 0.01, "high": value + 0.02}
+            if prefix == "coverage":
+                metrics[f"{prefix}@{k}"] = {"value": value}
+    return metrics
+
+
+METRICS_OF_RUN = {"model": measured(0.25), "popularity": measured(0.125)}
+
+
+def test_training_curve_marks_the_best_epoch():
+    figure = plot_training_curve(HISTORY)
+    loss, ndcg = figure.data
+    assert list(loss.y) == [3.0, 2.0, 1.5]
+    assert list(ndcg.y) == [0.1, 0.3, 0.2]
+    assert {line.x0 for line in figure.layout.shapes} == {2}
+    assert "sce" in figure.layout.title.text
+    assert "epoch 2 of 3" in figure.layout.title.text
+
+
+def test_metrics_figure_shows_both_rankings_with_intervals():
+    figure = plot_metrics(METRICS_OF_RUN)
+    assert len(figure.data) == 2 * len(METRICS)
+    by_name = [trace for trace in figure.data if trace.name == "popularity"]
+    assert [trace.x for trace in by_name] == [("1", "10")] * len(METRICS)
+    hit_rate = figure.data[0]
+    assert hit_rate.error_y.array == pytest.approx([0.02, 0.02])
+    assert hit_rate.error_y.arrayminus == pytest.approx([0.01, 0.01])
+
+
+def test_popularity_figure_says_how_few_items_hold_half():
+    figure = plot_item_popularity({"users": np.array([1, 50, 1, 1, 30, 1])})
+    assert "1 of 6 items" in figure.layout.title.text
+    assert list(figure.data[0].x) == [1, 2, 3, 4, 5, 6]
+    assert list(figure.data[0].y) == [50, 30, 1, 1, 1, 1]
+
+
+def test_history_lengths_figure_draws_the_histogram_of_the_summary():
+    summary = {"history_lengths": {"bin_edges": [1, 3, 7], "counts": [5, 2]}}
+    (bars,) = plot_history_lengths(summary).data
+    assert list(bars.x) == [1, 3]
+    assert list(bars.width) == [2, 4]
+    assert list(bars.y) == [5, 2]
+
+
+@pytest.fixture
+def examples():
+    rankings = {
+        "users": np.array([2, 0], dtype=np.int32),
+        "targets": np.array([3, 1], dtype=np.int32),
+        "target_ranks": np.array([4, np.iinfo(np.int64).max]),
+        "top_items": np.array([[0, 1, 4, 2], [2, -1, -1, -1]], dtype=np.int32),
+    }
+    sequences = {  # in another order than the rankings
+        "users": np.array([0, 2], dtype=np.int32),
+        "items": np.array([1, 4, 0, 1, 2, 3], dtype=np.int32),
+        "offsets": np.array([0, 1, 6]),
+    }
+    items = pl.DataFrame(
+        {
+            "item": range(5),
+            "itemid": ["a", "b", "c", "d", "e"],
+            "title": ["Alien", "Brazil [1985]", None, "Dune", "Elf"],
+        }
+    )
+    users = pl.DataFrame({"user": [2, 0, 1], "userid": ["u2", "u0", "u1"]})
+    return show_recommendations(rankings, sequences, items, users)
+
+
+def test_examples_join_rankings_histories_and_titles_by_user(examples):
+    assert examples.to_dicts() == [
+        {
+            "user": "u2",
+            "had_last": "Dune\nc\nBrazil [1985]",
+            "recommended": "Alien\nBrazil [1985]\nElf",
+            "took": "Dune (4)",
+        },
+        {
+            "user": "u0",
+            "had_last": "Brazil [1985]",
+            "recommended": "c",
+            "took": "Brazil [1985] (had it before)",
+        },
+    ]
+
+
+def test_report_holds_the_metrics_and_the_examples(examples):
+    evaluation = EvaluationParameters(
+        cutoffs=CUTOFFS,
+        filter_seen=True,
+        n_bootstrap=10,
+        confidence=0.9,
+        seed=0,
+        accelerator="cpu",
+    )
+    text = report_run(METRICS_OF_RUN, examples, HISTORY, "films", evaluation)
+    assert "films: test metrics over 1,234 users and 99 items, seed 3" in text
+    assert "NDCG@10 of sasrec + sce: 0.2500 (90% interval 0.2400 to 0.2700)" in text
+    assert "NDCG@10 of popularity: 0.1250" in text
+    assert "Brazil [1985]" in text  # no markup
+    rows = [line.split() for line in text.splitlines() if "popularity" in line and "0.1250" in line]
+    assert len([row for row in rows if row[:1] == ["popularity"]]) == len(METRICS)
+    assert max(map(len, text.splitlines())) <= 100
