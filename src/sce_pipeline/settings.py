@@ -1,0 +1,16 @@
+"""Kedro's settings of the project."""
+
+from __future__ import annotations
+
+from sce_pipeline.hooks import NodeCostHooks, ReportHooks
+from sce_pipeline.resolvers import choose, merge
+
+HOOKS = (NodeCostHooks(), ReportHooks())
+
+CONFIG_LOADER_ARGS = {
+    "base_env": "base",
+    "default_run_env": "local",
+    # An experiment or --params changes single values and keeps their neighbours.
+    "merge_strategy": {"globals": "soft", "parameters": "soft"},
+    "custom_resolvers": {"choose": choose, "merge": merge},
+}

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from kedro.framework.project import configure_project
+from kedro.framework.session import KedroSession
+
+from helpers import ROOT
+
+torch.set_num_threads(1)  # tests run side by side, a process on each core
+
+
+class Project:
+    """A copy of the project's configuration in an empty folder, to run pipelines in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "conf", folder / "conf")
+        for name in ("pyproject.toml", ".telemetry"):
+            shutil.copy(ROOT / name, folder)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath("data", *parts)
+
+    def write_log(self, dataset: str, rows, header=("userid", "itemid", "timestamp")) -> Path:
+        file = self.path("01_raw", dataset, "interactions.csv")
+        file.parent.mkdir(parents=True)
+        with file.open("w", newline="") as stream:
+            csv.writer(stream).writerows([header, *rows])
+        return file
+
+    def run(self, env: str | None = None, pipelines: list[str] | None = None, **parameters):
+        with KedroSession.create(self.folder, env=env, runtime_params=parameters) as session:
+            return session.run(pipeline_names=pipelines or ["__default__"])
+
+    def versions(self, *parts: str) -> list[Path]:
+        """All versions of a versioned file, oldest first."""
+        return sorted(self.path(*parts).glob(f"*/{parts[-1]}"))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    configure_project("sce_pipeline")
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path)

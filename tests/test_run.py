@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+from kedro.framework.session import KedroSession
+from kedro.io import DatasetError
+from safetensors.numpy import load_file
+
+from helpers import ROOT, make_log
+from sce_pipeline.losses import LOSSES
+
+SMALL = {
+    "split": "temporal_disjoint",
+    "data_processing": {"max_length": 16, "split": {"quantile": 0.6}},
+    "training": {
+        "model": {"hidden_size": 16, "n_blocks": 1},
+        "batch_size": 16,
+        "learning_rate": 0.01,
+        "max_epochs": 4,
+        "accelerator": "cpu",
+    },
+    "evaluation": {"accelerator": "cpu", "n_bootstrap": 50},
+}
+
+
+def run_small(project, **parameters):
+    return project.run(**{**SMALL, "dataset": "walk", **parameters})
+
+
+def test_a_log_without_a_preset_goes_from_file_to_report(project, capsys):
+    project.write_log("walk", make_log())
+    run_small(project, loss="ce")
+
+    (metrics_file,) = project.versions("08_reporting", "walk", "ce", "metrics.json")
+    metrics = json.loads(metrics_file.read_text())
+    assert metrics["model"]["ndcg@10"]["value"] > metrics["popularity"]["ndcg@10"]["value"]
+    assert set(metrics["model"]["ndcg@10"]) == {"value", "low", "high"}
+
+    (report,) = project.versions("08_reporting", "walk", "ce", "report.txt")
+    text = report.read_text()
+    for part in ("NDCG", "coverage", "popularity", "sasrec + ce", "took next"):
+        assert part.lower() in text.lower()
+    assert text.strip() in capsys.readouterr().out
+
+    (weights,) = project.versions("06_models", "walk", "ce", "model_weights.safetensors")
+    sequences = load_file(project.path("05_model_input", "walk", "train_sequences.safetensors"))
+    n_items = int(sequences["n_items"][0])
+    assert load_file(weights)["item_embedding.weight"].shape == (n_items, 16)
+    for name in ("training_curve", "metrics_by_k"):
+        (figure,) = project.versions("08_reporting", "walk", "ce", f"{name}.json")
+        assert json.loads(figure.read_text())["data"]
+    summary = json.loads(project.path("08_reporting", "walk", "data_summary.json").read_text())
+    assert summary
+
+
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"ce"}))
+def test_every_loss_runs_on_the_same_data(project, loss):
+    project.write_log("walk", make_log())
+    run_small(project, loss=loss)
+    assert project.versions("08_reporting", "walk", loss, "metrics.json")
+
+
+def test_the_same_seed_gives_the_same_weights_and_metrics_bit_for_bit(project):
+    project.write_log("walk", make_log())
+    for _ in range(2):
+        run_small(project, loss="sce")
+    run_small(project, loss="sce", seed=43)
+    files = project.versions("06_models", "walk", "sce", "model_weights.safetensors")
+    first, again, other = (file.read_bytes() for file in files)
+    assert first == again
+    assert first != other
+    files = project.versions("08_reporting", "walk", "sce", "metrics.json")
+    first, again, other = (file.read_bytes() for file in files)
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("split", ["temporal", "leave_one_out"])
+def test_the_other_splits_run_too(project, split):
+    project.write_log("walk", make_log())
+    data = {"max_length": 16, "stride": 4}
+    run_small(project, split=split, data_processing=data, loss="ce")
+    assert project.versions("08_reporting", "walk", "ce", "metrics.json")
+
+
+def test_a_saved_version_is_evaluated_again_on_its_own(project):
+    project.write_log("walk", make_log())
+    run_small(project, loss="ce")
+    (version,) = project.versions("06_models", "walk", "ce", "model_weights.safetensors")
+    parameters = {**SMALL, "dataset": "walk", "loss": "ce"}
+    with KedroSession.create(project.folder, runtime_params=parameters) as session:
+        session.run(
+            pipeline_names=["evaluation"],
+            load_versions={"model_weights": version.parent.name},
+        )
+    first, second = project.versions("08_reporting", "walk", "ce", "metrics.json")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_sizes_beyond_the_catalogue_are_clamped_and_said(project, caplog):
+    project.write_log("walk", make_log())
+    training = {**SMALL["training"], "loss": {"bucket_size_y": 10_000}}
+    run_small(project, loss="sce", training=training)
+    assert "SCE has bucket_size_y = 10000, more than the" in caplog.text
+    assert project.versions("08_reporting", "walk", "sce", "metrics.json")
+
+
+def test_an_unknown_data_set_is_refused_with_those_that_exist(project):
+    project.write_log("walk", make_log())
+    with pytest.raises(DatasetError, match=r"(?s)nowhere.*walk"):
+        run_small(project, dataset="nowhere")
+
+
+def test_a_bad_value_fails_before_any_node(project):
+    project.write_log("walk", make_log())
+    with pytest.raises(Exception, match=r"(?s)learning_rat.*Extra inputs are not permitted"):
+        run_small(project, training={"learning_rat": 0.1})
+    assert not project.path("02_intermediate").exists()
+
+
+def test_training_and_evaluation_run_without_any_data_frame_library(project):
+    project.write_log("walk", make_log())
+    run_small(project, loss="ce")
+    parameters = {**SMALL, "dataset": "walk", "loss": "ce"}
+    code = f"""
+import sys
+for library in ("narwhals", "pandas", "polars", "pyarrow"):
+    sys.modules[library] = None  # importing it fails
+from kedro.framework.project import configure_project
+from kedro.framework.session import KedroSession
+configure_project("sce_pipeline")
+with KedroSession.create({str(project.folder)!r}, runtime_params={parameters!r}) as session:
+    session.run(pipeline_names=["training", "evaluation"])
+"""
+    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=project.folder, env=environment, timeout=120
+    )
+    assert len(project.versions("08_reporting", "walk", "ce", "metrics.json")) == 2
+
+
+def test_the_sample_that_ships_is_the_one_described():
+    with gzip.open(ROOT / "data/01_raw/movielens_small/interactions.csv.gz", "rt") as log:
+        header, *rows = log.read().splitlines()
+    assert header == "userId,movieId,rating,timestamp"
+    assert len(rows) == 100_004
