@@ -114,6 +114,7 @@ def test_an_unknown_preset_is_refused_with_those_that_exist(selection):
         {"training": {"loss": {"n_buckets": "many"}}},
         {"training": {"model": {"dropout": 1.0}}},
         {"training": {"model": {"n_heads": 5}}},
+        {"data_processing": {"stride": 51}},
         {"data_processing": {"split": {"quantile": 1.5}}},
         {"data_processing": {"filters": {"min_users_per_item": 0}}},
         {"evaluation": {"cutoffs": []}},

@@ -103,6 +103,15 @@ class DataProcessingParameters(Parameters):
     max_length: PositiveInt
     stride: PositiveInt | None
 
+    @model_validator(mode="after")
+    def _check_stride(self) -> DataProcessingParameters:
+        if self.stride is not None and self.stride > self.max_length:
+            raise ValueError(
+                f"stride must be at most max_length = {self.max_length}, or items between two "
+                f"windows would never be predicted; got {self.stride}"
+            )
+        return self
+
 
 class SASRecParameters(Parameters):
     """Size of the SASRec backbone (Kang & McAuley, 2018, arXiv 1808.09781)."""

@@ -194,12 +194,6 @@ def test_histories_end_right_before_their_targets(rows):
         assert built == expected
 
 
-def test_a_stride_that_skips_targets_is_refused():
-    build_sequences(encoded(histories(9)), 4, 4)
-    with pytest.raises(InteractionsError, match=r"at most max_length = 4.*got 5"):
-        build_sequences(encoded(histories(9)), 4, 5)
-
-
 def test_users_of_a_single_item_are_nothing_to_learn_from():
     with pytest.raises(InteractionsError, match="None of the 3 training users has two"):
         build_sequences(encoded(histories(1, 1, 1)), 4, None)

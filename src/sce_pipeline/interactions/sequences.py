@@ -32,7 +32,7 @@ def build_sequences(
         encoded: Columns user and item (Int32), timestamp, row and part.
         max_length: Most inputs of a training window, which holds one more item for the last target.
         stride: None for one window a user, the last; otherwise how many items earlier each further
-            window ends, until the first item of the user is in one.
+            window ends, at most max_length, until the first item of the user is in one.
 
     Returns:
         The training sequences: items int32 [rows], users int32 [n_users], offsets int64
@@ -45,13 +45,8 @@ def build_sequences(
         All sequences also hold n_items and max_length, int64 [1].
 
     Raises:
-        InteractionsError: The stride would leave items out, or no user has two training items.
+        InteractionsError: No user has two training items.
     """
-    if stride is not None and stride > max_length:
-        raise InteractionsError(
-            f"stride must be at most max_length = {max_length}, or items between two windows would "
-            f"never be predicted; got {stride}"
-        )
     parts = {part: nw.col("part") == part for part in (TRAIN, VALIDATION, TEST)}
     log = (
         encoded.with_columns(**parts)

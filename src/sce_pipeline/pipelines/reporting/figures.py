@@ -17,7 +17,19 @@ METRICS = {
     "coverage": "Coverage",
     "surprisal": "Surprisal",
 }
-_LAYOUT = {"template": "plotly_white", "margin": {"l": 60, "r": 30, "t": 70, "b": 60}}
+_GRID = "rgba(128, 128, 128, 0.25)"  # visible on light pages and on the dark one of Kedro-Viz
+
+
+def _finish(figure: go.Figure, title: str, **layout: Any) -> go.Figure:
+    """Give a figure its title and the look that all figures share."""
+    figure.update_layout(
+        title=title,
+        template="plotly_white",
+        margin={"l": 60, "r": 30, "t": 70, "b": 60},
+        **layout,
+    )
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
+    return figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID)
 
 
 def plot_training_curve(history: Mapping[str, Any]) -> go.Figure:
@@ -36,18 +48,15 @@ def plot_training_curve(history: Mapping[str, Any]) -> go.Figure:
     figure.add_vline(x=best, line={"dash": "dot", "color": BASELINE_COLOUR})
     figure.update_xaxes(title_text="Epoch", row=2, col=1)
     loss = history["parameters"]["loss"]["name"]
-    return figure.update_layout(
-        title=f"Training with {loss}: best weights after epoch {best} of {len(epochs)}",
-        showlegend=False,
-        **_LAYOUT,
-    )
+    title = f"Training with {loss}: best weights after epoch {best} of {len(epochs)}"
+    return _finish(figure, title, showlegend=False)
 
 
 def plot_metrics(metrics: Mapping[str, Any]) -> go.Figure:
     """Draw each metric against k for the model and the popularity baseline, with intervals."""
-    figure = make_subplots(cols=len(METRICS), subplot_titles=list(METRICS.values()))
+    figure = make_subplots(rows=2, cols=3, subplot_titles=list(METRICS.values()))
     for ranking, colour in (("model", MODEL_COLOUR), ("popularity", BASELINE_COLOUR)):
-        for column, metric in enumerate(METRICS, start=1):
+        for place, metric in enumerate(METRICS):
             cutoffs, estimates = _by_cutoff(metrics[ranking], metric)
             values = np.array([estimate["value"] for estimate in estimates])
             # Coverage is no mean over users and comes without an interval.
@@ -62,13 +71,11 @@ def plot_metrics(metrics: Mapping[str, Any]) -> go.Figure:
                 mode="lines+markers",
                 name=ranking,
                 line={"color": colour},
-                showlegend=column == 1,
+                showlegend=place == 0,
             )
-            figure.add_trace(points, row=1, col=column)
-    figure.update_xaxes(title_text="k")
+            figure.add_trace(points, row=1 + place // 3, col=1 + place % 3)
     figure.update_yaxes(rangemode="tozero")
-    users = metrics["model"]["n_users"]
-    return figure.update_layout(title=f"Test metrics at k over {users:,} users", **_LAYOUT)
+    return _finish(figure, f"Test metrics at k over {metrics['model']['n_users']:,} users")
 
 
 def plot_item_popularity(item_popularity: Mapping[str, np.ndarray]) -> go.Figure:
@@ -80,14 +87,11 @@ def plot_item_popularity(item_popularity: Mapping[str, np.ndarray]) -> go.Figure
     ranks = np.unique(np.geomspace(1, users.size, 1000).astype(int))
     line = go.Scatter(x=ranks, y=users[ranks - 1], mode="lines", line={"color": MODEL_COLOUR})
     figure = go.Figure(line).add_vline(x=head, line={"dash": "dot", "color": BASELINE_COLOUR})
-    return figure.update_layout(
-        title=(
-            f"Item popularity: {head:,} of {users.size:,} items ({head / users.size:.0%}) "
-            "hold half of the interactions"
-        ),
+    return _finish(
+        figure,
+        f"{head:,} of {users.size:,} items ({head / users.size:.0%}) hold half of the interactions",
         xaxis={"title": "Item, by popularity", "type": "log"},
         yaxis={"title": "Training users", "type": "log"},
-        **_LAYOUT,
     )
 
 
@@ -102,11 +106,11 @@ def plot_history_lengths(data_summary: Mapping[str, Any]) -> go.Figure:
         offset=0,
         marker={"color": MODEL_COLOUR, "line": {"color": "white", "width": 1}},
     )
-    return go.Figure(bars).update_layout(
-        title=f"History lengths of {sum(lengths['counts']):,} training users",
+    return _finish(
+        go.Figure(bars),
+        f"History lengths of {sum(lengths['counts']):,} training users",
         xaxis={"title": "Training items of a user"},
         yaxis={"title": "Users"},
-        **_LAYOUT,
     )
 
 
