@@ -4,7 +4,21 @@ from pathlib import Path
 
 import numpy as np
 
+from sce_pipeline.parameters import DataProcessingParameters
+
 ROOT = Path(__file__).parents[1]
+
+
+def make_data_processing(**changes):
+    values = {
+        "columns": {"user": "userid", "item": "itemid", "timestamp": "timestamp"},
+        "item_columns": {"item": "itemid", "title": "title"},
+        "filters": {"min_users_per_item": 1, "min_items_per_user": 1, "iterate": False},
+        "split": {"name": "temporal", "quantile": 0.9, "train_users": "disjoint"},
+        "max_length": 4,
+        "stride": None,
+    }
+    return DataProcessingParameters.model_validate({**values, **changes})
 
 
 def make_log(n_users=60, n_items=30, length=24, seed=0):

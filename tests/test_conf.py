@@ -119,6 +119,8 @@ def test_an_unknown_preset_is_refused_with_those_that_exist(selection):
         {"data_processing": {"filters": {"min_users_per_item": 0}}},
         {"evaluation": {"cutoffs": []}},
         {"evaluation": {"confidence": 95}},
+        {"evaluation": {"cutoffs": [10, 5, 10]}},
+        {"evaluation": {"cutoffs": [10**9]}},
     ],
     ids=str,
 )

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from kedro.framework.session import KedroSession
 from kedro.io import DatasetError
+from kedro.validation.exceptions import ParameterValidationError
 from safetensors.numpy import load_file
 
 from helpers import ROOT, make_log
@@ -109,6 +111,20 @@ def test_sizes_beyond_the_catalogue_are_clamped_and_said(project, caplog):
     assert project.versions("08_reporting", "walk", "sce", "metrics.json")
 
 
+def test_a_partial_run_refuses_the_data_of_another_split(project):
+    project.write_log("walk", make_log())
+    run_small(project, loss="ce")
+    with pytest.raises(ValueError, match=r"split\.name = 'temporal' rather than 'leave_one_out'"):
+        run_small(
+            project,
+            pipelines=["training", "evaluation"],
+            loss="ce",
+            split="leave_one_out",
+            data_processing={"max_length": 16},
+        )
+    assert len(project.versions("06_models", "walk", "ce", "model_weights.safetensors")) == 1
+
+
 def test_an_unknown_data_set_is_refused_with_those_that_exist(project):
     project.write_log("walk", make_log())
     with pytest.raises(DatasetError, match=r"(?s)nowhere.*walk"):
@@ -120,6 +136,39 @@ def test_a_bad_value_fails_before_any_node(project):
     with pytest.raises(Exception, match=r"(?s)learning_rat.*Extra inputs are not permitted"):
         run_small(project, training={"learning_rat": 0.1})
     assert not project.path("02_intermediate").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"datset": "walk"}, "datset\n  Extra inputs are not permitted"),
+        ({"batch_size": 1}, "batch_size\n  Extra inputs are not permitted"),
+        ({"dataset": "../walk"}, "dataset\n  String should match pattern"),
+        ({"dataset": 7}, "dataset\n  Input should be a valid string"),
+        ({"seed": 2**32}, "seed\n  Input should be less than 4294967296"),
+        ({"training": {"loss": {"name": "ce"}}, "loss": "sce"}, "loss"),
+        ({"dataset_presets": {"walk": {"trainin": {}}}}, "trainin\n  Extra inputs"),
+        ({"evaluation": {"cutoffs": [5, 5]}}, "cutoffs must be distinct, got 5, 5"),
+    ],
+    ids=repr,
+)
+def test_nothing_given_is_ignored(project, parameters, message):
+    project.write_log("walk", make_log())
+    with pytest.raises((ValueError, ParameterValidationError), match=re.escape(message)):
+        project.run(**parameters)
+    assert not project.path("02_intermediate").exists()
+
+
+def test_an_experiment_cannot_choose_outside_its_globals(project):
+    folder = project.folder / "conf/experiments/mine"
+    folder.mkdir()
+    (folder / "parameters.yml").write_text("loss: bce\n")
+    with pytest.raises(ValueError, match=r"loss is 'bce' but training\.loss has 'sce'"):
+        project.run(env="experiments/mine")
+    (folder / "parameters.yml").unlink()
+    (folder / "globals.yml").write_text("los: ce\n")
+    with pytest.raises(ValueError, match=r"globals\.yml has los, but only dataset, loss and seed"):
+        project.run(env="experiments/mine")
 
 
 def test_training_and_evaluation_run_without_any_data_frame_library(project):

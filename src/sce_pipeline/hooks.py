@@ -1,4 +1,4 @@
-"""Kedro hooks: what every node costs, and the report that a run ends with."""
+"""Kedro hooks: a check of all parameters, the cost of every node, the report at the end."""
 
 from __future__ import annotations
 
@@ -7,17 +7,48 @@ import sys
 import time
 from typing import Any
 
+from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.pipeline.node import Node
 from rich import get_console
 
+from sce_pipeline.parameters import RunParameters
+
 logger = logging.getLogger(__name__)
+
+GROUPS = ("data_processing", "training", "evaluation")
+"""Groups of parameters that have defaults and may have a preset."""
+
+WORTH_A_LINE = 0.1
+"""Seconds from which on the cost of a node is logged."""
 
 
 def _cuda() -> Any:
     """Return ``torch.cuda`` once a GPU is in use; importing torch here would cost seconds."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+class ParameterHooks:
+    """Refuse unknown names at the top of the parameters, where no node would ever look at them."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Check presets, selection and groups, before any node runs.
+
+        Raises:
+            ValueError: A name is unknown or a value is out of range.
+        """
+        selectors = {"dataset", "loss", "seed"}
+        if unknown := set(context.config_loader["globals"]) - selectors:
+            raise ValueError(
+                f"globals.yml has {', '.join(sorted(unknown))}, but only dataset, loss and seed "
+                "are chosen there"
+            )
+        defaults = {f"_{group}" for group in GROUPS}
+        RunParameters.model_validate(
+            {name: value for name, value in context.params.items() if name not in defaults}
+        )
 
 
 class NodeCostHooks:
@@ -37,6 +68,8 @@ class NodeCostHooks:
     def after_node_run(self, node: Node) -> None:
         """Say what the node took."""
         seconds = time.perf_counter() - self._started.pop(node.name)
+        if seconds < WORTH_A_LINE:
+            return
         if cuda := _cuda():
             peak = cuda.max_memory_allocated() / 2**20
             logger.info("%s took %.1f s and %.0f MB of GPU memory", node.name, seconds, peak)

@@ -5,12 +5,23 @@ The defaults live in ``conf/base``, not here, so that every value in force can b
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 """A number strictly between 0 and 1."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every random generator takes as a seed."""
 
 
 class Parameters(BaseModel):
@@ -189,7 +200,7 @@ LossParameters = Annotated[
 class TrainingParameters(Parameters):
     """How a model is trained; ``patience`` counts epochs without a better validation NDCG@10."""
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     model: SASRecParameters
     loss: LossParameters
     batch_size: PositiveInt
@@ -208,9 +219,61 @@ class EvaluationParameters(Parameters):
     Intervals come from ``n_bootstrap`` resamples of the users at the given ``confidence``.
     """
 
-    cutoffs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    cutoffs: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=1000)], ...],
+        Field(min_length=1),
+    ]
     filter_seen: bool
     n_bootstrap: PositiveInt
     confidence: OpenFraction
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     accelerator: Literal["auto", "cpu", "gpu"]
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _check_cutoffs(cls, cutoffs: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(cutoffs)) < len(cutoffs):
+            raise ValueError(f"cutoffs must be distinct, got {', '.join(map(str, cutoffs))}")
+        return cutoffs
+
+
+class DatasetPreset(Parameters):
+    """What a data set's preset may say; the values within a group are checked once merged."""
+
+    split: str | None = None
+    quantile: OpenFraction | None = None
+    data_processing: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+
+class RunParameters(Parameters):
+    """All parameters of a run, so that nothing given at the top is ignored.
+
+    ``dataset`` is the name of a folder. What begins with an underscore are the defaults of a group,
+    in force only through the group.
+    """
+
+    dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    loss: str
+    seed: Seed
+    split: str
+    data_processing: DataProcessingParameters
+    training: TrainingParameters
+    evaluation: EvaluationParameters
+    dataset_presets: dict[str, DatasetPreset]
+    loss_presets: dict[str, Any]
+    split_presets: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> RunParameters:
+        for name, selected, in_force in (
+            ("loss", self.loss, self.training.loss.name),
+            ("seed", self.seed, self.training.seed),
+        ):
+            if selected != in_force:
+                raise ValueError(
+                    f"{name} is {selected!r} but training.{name} has {in_force!r}: choose with "
+                    f"--params or, in an experiment, in its globals.yml"
+                )
+        return self

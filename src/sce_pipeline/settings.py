@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sce_pipeline.hooks import NodeCostHooks, ReportHooks
+from sce_pipeline.hooks import NodeCostHooks, ParameterHooks, ReportHooks
 from sce_pipeline.resolvers import choose, merge
 
-HOOKS = (NodeCostHooks(), ReportHooks())
+HOOKS = (ParameterHooks(), NodeCostHooks(), ReportHooks())
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

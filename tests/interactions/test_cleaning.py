@@ -194,16 +194,16 @@ def test_rows_are_dropped_for_the_first_reason_and_counted():
     assert report["raw"] == {"rows": 8, "users": 3, "items": 3}
     assert report["kept"] == {"rows": 1, "users": 1, "items": 1}
     assert report["dropped"] == {
-        "missing user": {"rows": 3, "first_row": 1},
-        "missing item": {"rows": 1, "first_row": 3},
-        "missing timestamp": {"rows": 1, "first_row": 5},
-        "unparseable timestamp": {"rows": 2, "first_row": 6, "example": "soon"},
+        "missing user": {"rows": 3, "first_data_row": 2},
+        "missing item": {"rows": 1, "first_data_row": 4},
+        "missing timestamp": {"rows": 1, "first_data_row": 6},
+        "unparseable timestamp": {"rows": 2, "first_data_row": 7, "example": "soon"},
     }
 
 
 def test_nan_is_a_missing_id():
     _, report = clean(who=pl.Series([1.0, float("nan"), None]))
-    assert report["dropped"] == {"missing user": {"rows": 2, "first_row": 1}}
+    assert report["dropped"] == {"missing user": {"rows": 2, "first_data_row": 2}}
 
 
 @settings(max_examples=25)
@@ -229,7 +229,9 @@ def test_every_row_is_kept_or_counted_as_dropped(rows):
 
 def test_a_missing_column_is_named_with_those_that_exist():
     frame = nw.from_native(pl.LazyFrame({"who": ["a"], "item": ["x"], "when": [1], "row": [0]}))
-    message = r"no column 'what', which columns.item asks for; .*: 'who', 'item', 'when'$"
+    message = (
+        r"no column 'what', which data_processing.columns.item asks for; .*: 'who', 'item', 'when'$"
+    )
     with pytest.raises(InteractionsError, match=message):
         clean_interactions(frame, COLUMNS)
 

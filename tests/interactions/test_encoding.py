@@ -80,7 +80,8 @@ def test_numbers_in_the_table_of_items_meet_text_in_the_log():
 
 def test_a_table_of_items_without_the_columns_is_refused():
     message = (
-        r"The table of items has no column 'name', which item_columns.title asks for; .*'id', 't'$"
+        r"The table of items has no column 'name', which data_processing.item_columns.title asks "
+        r"for; .*'id', 't'$"
     )
     with pytest.raises(InteractionsError, match=message):
         encode([("a", "x")], {"id": ["x"], "t": ["X"]})

@@ -290,17 +290,17 @@ TWO_USERS = [("a", "x", 0), ("a", "y", 1), ("b", "x", 2), ("b", "y", 3)]
         (
             [(user, item, 0) for user in "ab" for item in "xyz"],
             temporal("disjoint", 0.5),
-            r"no train rows .* raise split.quantile = 0.5 or set split.train_users: all",
+            r"no train rows .* raise data_processing.split.quantile = 0.5 or choose the split temp",
         ),
         (
             [*TWO_USERS, ("c", "x", 9)],
             temporal("disjoint", 0.9),
-            r"no validation target .* three rows .* lower split.quantile = 0.9",
+            r"no validation target .* three rows .* lower data_processing.split.quantile = 0.9",
         ),
         (
             [*TWO_USERS, ("c", "new", 9), ("c", "newer", 10)],
             temporal("disjoint", 0.8),
-            r"no validation target .* lower split.quantile = 0.8",
+            r"no validation target .* lower data_processing.split.quantile = 0.8",
         ),
         (
             [(user, item, 0) for user in "ab" for item in "xyz"],
@@ -310,19 +310,19 @@ TWO_USERS = [("a", "x", 0), ("a", "y", 1), ("b", "x", 2), ("b", "y", 3)]
         (
             [*((user, item, 0) for user in "ab" for item in "xyz"), ("a", "x", 1), ("b", "x", 2)],
             temporal("all", 0.9, validation_quantile=0.1),
-            r"no train rows .* raise split.validation_quantile = 0.1",
+            r"no train rows .* raise data_processing.split.validation_quantile = 0.1",
         ),
         (
             [*TWO_USERS, ("a", "new", 4), ("a", "x", 5)],
             temporal("all", 0.99, validation_quantile=0.8),
-            r"no validation target .* lower split.validation_quantile = 0.8",
+            r"no validation target .* lower data_processing.split.validation_quantile = 0.8",
         ),
         (
             [*TWO_USERS, ("a", "x", 4), ("a", "new", 5)],
             temporal("all", 0.99, validation_quantile=0.8),
-            r"no test target .* lower split.quantile = 0.99",
+            r"no test target .* lower data_processing.split.quantile = 0.99",
         ),
-        (TWO_USERS, LEAVE_ONE_OUT, r"no validation target: split.name: leave_one_out needs"),
+        (TWO_USERS, LEAVE_ONE_OUT, r"no validation target: the split leave_one_out needs"),
     ],
 )
 def test_an_empty_part_names_the_parameter_to_change(rows, split, message):

@@ -81,8 +81,10 @@ def test_more_negatives_than_items_make_gbce_bce_and_are_told_once(make_batch, a
         value = loss(*batch)
         loss(*batch.like())
     assert [record.getMessage() for record in caplog.records] == [
+        "n_negatives = 12 is as large as the catalogue of 9 items or larger: "
+        "negatives are drawn with replacement and repeat themselves",
         "gBCE has n_negatives = 12, more than the 8 items beside a target: "
-        "its sampling rate is taken as 1, which makes it BCE"
+        "its sampling rate is taken as 1, which makes it BCE",
     ]
     torch.manual_seed(0)
     agree(value, batch, LOSSES["bce"](**options)(*other), other)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sce_pipeline.models import Packing, SASRec, build_model, load_model
 from sce_pipeline.parameters import SASRecParameters
@@ -112,7 +113,34 @@ def test_weights_are_xavier_and_projections_have_the_reference_scale():
     for name, bound in bounds.items():
         largest = model.get_parameter(name).abs().max()
         assert 0.98 * bound < largest <= bound
-    assert not model.get_parameter("blocks.1.attention.in_projection.bias").any()
+    for projection in ("in_projection", "out_projection"):
+        assert not model.get_parameter(f"blocks.1.attention.{projection}.bias").any()
+
+
+def test_dropout_reaches_embeddings_attention_and_feed_forward_with_its_probability(monkeypatch):
+    dropped = []
+    plain, attention = torch.nn.functional.dropout, F.scaled_dot_product_attention
+
+    def watch_dropout(values, p, training, inplace):
+        dropped.append((tuple(values.shape), p, training))
+        return plain(values, p, training, inplace)
+
+    def watch_attention(*args, dropout_p, is_causal):
+        dropped.append(("attention", dropout_p, is_causal))
+        return attention(*args, dropout_p=dropout_p, is_causal=is_causal)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", watch_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch_attention)
+    items, packing = pack(*HISTORIES)
+    make_model(n_blocks=1, dropout=0.25)(items, packing)
+    tokens = ((len(items), 12), 0.25, True)
+    assert dropped == [tokens, ("attention", 0.25, True), tokens, tokens]
+
+
+def test_norms_have_the_reference_epsilon():
+    norms = [module for module in make_model().modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 5
+    assert {norm.eps for norm in norms} == {1e-8}
 
 
 def test_dropout_acts_in_training_only():

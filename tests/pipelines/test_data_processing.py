@@ -161,7 +161,7 @@ def test_parquet_gives_what_csv_gives(tmp_path):
     text, typed = (run(tmp_path / name) for name in ("text", "typed"))
     assert_same_outputs(text, typed)
     assert text.load("data_summary")["cleaning"]["dropped"] == {
-        "missing item": {"rows": 3, "first_row": 2}
+        "missing item": {"rows": 3, "first_data_row": 3}
     }
 
 

@@ -10,11 +10,17 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro.validation.type_extractor import TypeExtractor
 
+from helpers import make_data_processing
 from sce_pipeline.evaluation.device import choose_device
 from sce_pipeline.models import build_model
-from sce_pipeline.parameters import EvaluationParameters, TrainingParameters
+from sce_pipeline.parameters import (
+    DataProcessingParameters,
+    EvaluationParameters,
+    TrainingParameters,
+)
 from sce_pipeline.pipelines.evaluation import create_pipeline
 from sce_pipeline.pipelines.evaluation.nodes import rank_by_popularity, rank_items
+from sce_pipeline.provenance import stamp
 
 N_ITEMS = 20
 
@@ -56,7 +62,12 @@ def evaluation():
 
 
 @pytest.fixture
-def inputs(training, evaluation):
+def data_processing():
+    return make_data_processing()
+
+
+@pytest.fixture
+def inputs(training, evaluation, data_processing):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 9, size=30)
@@ -67,6 +78,7 @@ def inputs(training, evaluation):
         "targets": generator.integers(N_ITEMS, size=30).astype(np.int32),
         "n_items": np.array([N_ITEMS]),
         "max_length": np.array([4]),
+        **stamp(data_processing),
     }
     users = generator.integers(1, 40, size=N_ITEMS).astype(np.int32)
     return {
@@ -75,6 +87,7 @@ def inputs(training, evaluation):
         "item_popularity": {"users": users, "n_users": np.array([40])},
         "params:training": training,
         "params:evaluation": evaluation,
+        "params:data_processing": data_processing,
     }
 
 
@@ -83,11 +96,13 @@ def run(inputs):
     return SequentialRunner().run(create_pipeline(), DataCatalog(datasets))["metrics"].load()
 
 
-def test_the_stage_ranks_and_measures_model_and_popularity(inputs, training, evaluation, caplog):
+def test_the_stage_ranks_and_measures_model_and_popularity(
+    inputs, training, evaluation, data_processing, caplog
+):
     with caplog.at_level(logging.INFO, logger="sce_pipeline.pipelines.evaluation.nodes"):
         metrics = run(inputs)
     sequences = inputs["test_sequences"]
-    by_model = rank_items(inputs["model_weights"], sequences, training, evaluation)
+    by_model = rank_items(inputs["model_weights"], sequences, training, evaluation, data_processing)
     by_popularity = rank_by_popularity(inputs["item_popularity"], sequences, evaluation)
     assert by_model["top_items"].shape == by_popularity["top_items"].shape == (30, 5)
     for rankings, name in ((by_model, "model"), (by_popularity, "popularity")):
@@ -122,22 +137,33 @@ def test_seen_items_come_back_without_the_filter(inputs, evaluation):
     assert run(inputs)["model"]["n_repeated_targets"] == 0
 
 
-def test_weights_of_another_catalogue_are_an_error(inputs, training, evaluation):
+def test_weights_of_another_catalogue_are_an_error(inputs, training, evaluation, data_processing):
     weights = build_model(training.model, N_ITEMS + 1, 4).state_dict()
     with pytest.raises(ValueError, match="the sequences are of 20 items, but 21"):
-        rank_items(weights, inputs["test_sequences"], training, evaluation)
+        rank_items(weights, inputs["test_sequences"], training, evaluation, data_processing)
+
+
+def test_sequences_made_with_other_parameters_are_an_error(inputs, training, evaluation):
+    asked = make_data_processing(max_length=5)
+    with pytest.raises(ValueError, match=r"data_processing\.max_length = 4 rather than 5; run"):
+        rank_items(inputs["model_weights"], inputs["test_sequences"], training, evaluation, asked)
 
 
 def test_kedro_checks_the_parameters_and_names_stay_plain():
     pipeline = create_pipeline()
     types = TypeExtractor({"evaluation": pipeline}).extract_types_from_pipelines()
-    assert types == {"training": TrainingParameters, "evaluation": EvaluationParameters}
+    assert types == {
+        "training": TrainingParameters,
+        "evaluation": EvaluationParameters,
+        "data_processing": DataProcessingParameters,
+    }
     assert pipeline.inputs() == {
         "model_weights",
         "test_sequences",
         "item_popularity",
         "params:training",
         "params:evaluation",
+        "params:data_processing",
     }
     assert pipeline.outputs() == {"metrics"}
     assert {node.namespace for node in pipeline.nodes} == {"evaluation"}

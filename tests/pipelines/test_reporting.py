@@ -16,6 +16,7 @@ from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendati
 
 CUTOFFS = (1, 10)
 HISTORY = {
+    "data_processing": {"split": {"name": "temporal", "quantile": 0.8, "train_users": "disjoint"}},
     "parameters": {"seed": 3, "model": {"name": "sasrec"}, "loss": {"name": "sce"}},
     "best_epoch": 2,
     "epochs": [
@@ -125,7 +126,11 @@ def test_report_holds_the_metrics_and_the_examples(examples):
         accelerator="cpu",
     )
     text = report_run(METRICS_OF_RUN, examples, HISTORY, "films", evaluation)
-    assert "films: test metrics over 1,234 users and 99 items, seed 3" in text
+    title = " ".join(text.splitlines()[:2])
+    assert title.startswith(
+        "films, temporal split at 0.8 with disjoint training users: test metrics over 1,234 users "
+        "and 99 items, seed 3"
+    )
     assert "NDCG@10 of sasrec + sce: 0.2500 (90% interval 0.2400 to 0.2700)" in text
     assert "NDCG@10 of popularity: 0.1250" in text
     assert "Brazil [1985]" in text  # no markup

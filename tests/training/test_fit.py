@@ -11,24 +11,25 @@ from pydantic import TypeAdapter
 from sce_pipeline.evaluation.metrics import ndcg
 from sce_pipeline.evaluation.rankers import rank_with_model
 from sce_pipeline.losses import LOSSES
-from sce_pipeline.models import load_model
+from sce_pipeline.models import SASRec, load_model
 from sce_pipeline.parameters import LossParameters, TrainingParameters
 from sce_pipeline.training.fit import fit
+from sce_pipeline.training.module import NextItemModule
 
 N_ITEMS, MAX_LENGTH = 40, 8
 SAMPLED = {"n_negatives": 16, "exclude": "history"}
+SCE_OPTIONS = {
+    "n_buckets": "auto",
+    "bucket_size_x": "auto",
+    "bucket_size_y": 16,
+    "mix_x": True,
+}
 PARAMETERS_OF_LOSSES = [
     {"name": "ce"},
     {"name": "ce_minus", **SAMPLED, "shared": "sequence", "log_correction": True},
     {"name": "bce", **SAMPLED, "shared": "token"},
     {"name": "gbce", **SAMPLED, "shared": "token", "t": 0.75},
-    {
-        "name": "sce",
-        "n_buckets": "auto",
-        "bucket_size_x": "auto",
-        "bucket_size_y": 16,
-        "mix_x": True,
-    },
+    {"name": "sce", **SCE_OPTIONS},
 ]
 
 
@@ -86,6 +87,7 @@ def train(tmp_path, loss, **changes):
     train_sequences, _ = make_sequences(200, seed=0)
     _, validation_sequences = make_sequences(50, seed=1)
     parameters = make_parameters(loss, **changes)
+    tmp_path.mkdir(exist_ok=True)
     return fit(train_sequences, validation_sequences, tmp_path, parameters, filter_seen=True)
 
 
@@ -131,6 +133,82 @@ def test_the_best_epochs_weights_come_back_and_patience_stops(tmp_path):
     assert found == pytest.approx(max(values), abs=1e-6)
 
 
+def test_two_runs_in_one_folder_keep_out_of_each_others_way(tmp_path, monkeypatch):
+    alone, _ = train(tmp_path / "alone", {"name": "ce"}, max_epochs=2)
+    load = torch.load
+
+    def train_another_first(*args, **kwargs):
+        monkeypatch.setattr(torch, "load", load)
+        train(tmp_path / "both", {"name": "ce"}, max_epochs=2, seed=6)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", train_another_first)
+    beside, _ = train(tmp_path / "both", {"name": "ce"}, max_epochs=2)
+    assert all(torch.equal(weight, beside[name]) for name, weight in alone.items())
+    assert list((tmp_path / "both").iterdir()) == []
+
+
+def test_dropout_acts_in_every_epoch_and_not_in_validation(tmp_path, monkeypatch):
+    modes = []
+    step, encode = NextItemModule.training_step, SASRec.encode_last
+
+    def watch_step(module, batch):
+        modes.append(("step", module.model.training))
+        return step(module, batch)
+
+    def watch_validation(model, *args):
+        modes.append(("validation", model.training))
+        return encode(model, *args)
+
+    monkeypatch.setattr(NextItemModule, "training_step", watch_step)
+    monkeypatch.setattr(SASRec, "encode_last", watch_validation)
+    train(tmp_path, {"name": "ce"}, max_epochs=3)
+    assert set(modes) == {("step", True), ("validation", False)}
+    assert modes.count(("step", True)) == 3 * 13
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_tokens(tmp_path, monkeypatch):
+    seen = []
+    step = NextItemModule.training_step
+
+    def watch(module, batch):
+        loss = step(module, batch)
+        seen.append((float(loss), batch.targets.numel()))
+        return loss
+
+    monkeypatch.setattr(NextItemModule, "training_step", watch)
+    _, history = train(tmp_path, {"name": "ce"}, max_epochs=1)
+    losses, tokens = (np.array(column) for column in zip(*seen, strict=True))
+    mean = (losses * tokens).sum() / tokens.sum()
+    assert history["epochs"][0]["loss"] == pytest.approx(mean, rel=1e-6)
+    assert abs(losses.mean() - mean) > 1e-4  # the batches differ in size enough to tell
+
+
+def test_the_seed_decides_the_order_of_the_windows(tmp_path, monkeypatch):
+    orders = []
+    step = NextItemModule.training_step
+
+    def watch(module, batch):
+        orders[-1].append(batch.items.tolist())
+        return step(module, batch)
+
+    monkeypatch.setattr(NextItemModule, "training_step", watch)
+    for seed in (5, 6):
+        orders.append([])
+        train(tmp_path, {"name": "ce"}, max_epochs=1, seed=seed)
+    assert orders[0] != orders[1]
+
+
+def test_half_precision_that_only_a_gpu_has_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.precision is 16-mixed, which needs a GPU"):
+        train(tmp_path, {"name": "ce"}, precision="16-mixed")
+
+
+def test_bfloat16_trains_too(tmp_path):
+    _, history = train(tmp_path, {"name": "sce", **SCE_OPTIONS}, precision="bf16-mixed")
+    assert max(epoch["ndcg@10"] for epoch in history["epochs"]) > 0.8
+
+
 def test_training_says_what_it_does(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="sce_pipeline"):
         train(tmp_path, {"name": "ce"}, max_epochs=2)
@@ -139,8 +217,18 @@ def test_training_says_what_it_does(tmp_path, caplog):
     assert text.count("validation NDCG@10 0.") == 3  # each epoch's line, and the best at the end
 
 
-def test_a_gpu_that_is_not_there_is_an_error(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(Exception, match=r"(?i)gpu|cuda"):
+def test_a_loss_that_is_no_longer_finite_stops_training(tmp_path, monkeypatch):
+    step = NextItemModule.training_step
+    monkeypatch.setattr(
+        NextItemModule, "training_step", lambda module, batch: step(module, batch) * np.inf
+    )
+    with pytest.raises(
+        ValueError, match=r"loss is (inf|nan) in epoch 1: lower training\.learning_rate"
+    ):
+        train(tmp_path, {"name": "ce"})
+
+
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"training\.accelerator is gpu, but PyTorch"):
         train(tmp_path, {"name": "ce"}, accelerator="gpu")

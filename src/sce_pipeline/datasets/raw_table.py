@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from polars.io.plugins import register_io_source
 from sce_pipeline.interactions.columns import ROW
 
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
+_REPEATED = re.compile(r"_duplicated_\d+$")  # what Polars appends to a repeated name
 
 
 class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
@@ -110,12 +112,13 @@ def _scan(file: Path) -> pl.LazyFrame:
     """Begin to read a file, lazily; an error names it whenever it comes up."""
     with _naming(file):
         table = pl.scan_parquet(file, glob=False) if file.suffix == ".parquet" else _scan_csv(file)
+        columns = ", ".join(table.collect_schema())
         if ROW in table.collect_schema():
             raise DatasetError(f"{file}: rename its column {ROW!r}, here the name of row numbers")
         table = table.with_row_index(ROW).with_columns(pl.col(ROW).cast(pl.Int64))
         schema = table.collect_schema()
         if table.head(1).collect().is_empty():
-            raise DatasetError(f"{file} has columns but no rows: {', '.join(schema)}")
+            raise DatasetError(f"{file} has columns but no rows: {columns}")
 
     def read(
         columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, size: int | None
@@ -131,9 +134,15 @@ def _scan(file: Path) -> pl.LazyFrame:
 
 def _scan_csv(file: Path) -> pl.LazyFrame:
     table = pl.scan_csv(file, infer_schema=False, glob=False)
-    header = ", ".join(table.collect_schema())
+    names = table.collect_schema().names()
+    header = ", ".join(names)
     if not header.isprintable() or "\N{REPLACEMENT CHARACTER}" in header:
         raise DatasetError(f"{file} is not comma-separated text; it begins with {header[:60]!r}")
+    if len(names) == 1 and any(separator in header for separator in ";\t|"):
+        raise DatasetError(f"{file} must be separated by commas; its header is {header[:60]!r}")
+    if repeated := [name for name in names if _REPEATED.search(name)]:
+        name = _REPEATED.sub("", repeated[0])
+        raise DatasetError(f"{file} has the column {name!r} more than once: rename or remove one")
     return table
 
 

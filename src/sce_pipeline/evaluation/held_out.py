@@ -33,20 +33,11 @@ class UserBlock:
     targets: Tensor
     seen: tuple[Tensor, Tensor] | None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> UserBlock:
+    def to(self, device: torch.device | str) -> UserBlock:
         """Return the same block with its tensors on ``device``."""
-        seen = self.seen
-        if seen is not None:
-            items, offsets = seen
-            seen = (
-                items.to(device, non_blocking=non_blocking),
-                offsets.to(device, non_blocking=non_blocking),
-            )
+        seen = self.seen and (self.seen[0].to(device), self.seen[1].to(device))
         return UserBlock(
-            self.items.to(device, non_blocking=non_blocking),
-            self.packing.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            seen,
+            self.items.to(device), self.packing.to(device), self.targets.to(device), seen
         )
 
 

@@ -41,7 +41,7 @@ def clean_interactions(
     Raises:
         InteractionsError: A column is missing or of a type without meaning, or no row can be used.
     """
-    roles = {f"columns.{role}": name for role, name in columns.model_dump().items()}
+    roles = {f"data_processing.columns.{role}": name for role, name in columns.model_dump().items()}
     require_columns(log, roles, _TABLE)
     read = log.select(
         user=identifiers(log, columns.user, _TABLE),
@@ -127,12 +127,12 @@ def _describe_dropped(
 ) -> dict[str, Report]:
     """Say how many rows were dropped for each reason and where the first of them is."""
     dropped: dict[str, Report] = {
-        fate: {"rows": int(tally["rows"]), "first_row": int(tally["first_row"])}
+        fate: {"rows": int(tally["rows"]), "first_data_row": int(tally["first_row"]) + 1}
         for fate, tally in fates.items()
         if fate != _KEPT
     }
     if _UNPARSEABLE in dropped:
-        is_first = nw.col("row") == dropped[_UNPARSEABLE]["first_row"]
+        is_first = nw.col("row") == fates[_UNPARSEABLE]["first_row"]
         (first,) = collect_rows(labelled.filter(is_first).select("raw"))
         dropped[_UNPARSEABLE]["example"] = first["raw"]
     return dropped
@@ -144,7 +144,7 @@ def _nothing_left(n_rows: int, dropped: dict[str, Report], columns: Columns) -> 
     reasons = []
     for reason, tally in dropped.items():
         role = reason.split()[-1]  # a reason ends with the role of its column
-        where = f"column {getattr(columns, role)!r}, first in data row {tally['first_row'] + 1}"
+        where = f"column {getattr(columns, role)!r}, first in data row {tally['first_data_row']}"
         value = f": {tally['example']!r}" if "example" in tally else ""
         reasons.append(f"{tally['rows']:,} with {reason} ({where}{value})")
     return (

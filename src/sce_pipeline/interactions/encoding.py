@@ -72,7 +72,9 @@ def _number(interactions: nw.LazyFrame[Any], id_name: str, index_name: str) -> n
 
 def _read_titles(table: nw.LazyFrame[Any], columns: ItemColumns) -> tuple[nw.LazyFrame[Any], int]:
     """Read the titles, the first row of each id, and count the rows after the first."""
-    roles = {f"item_columns.{role}": name for role, name in columns.model_dump().items()}
+    roles = {
+        f"data_processing.item_columns.{role}": name for role, name in columns.model_dump().items()
+    }
     require_columns(table, roles, _TABLE)
     text = nw.col(columns.title).cast(nw.String)
     titles = table.select(

@@ -88,8 +88,9 @@ def _nothing_left(pairs: nw.LazyFrame[Any], filters: Filters) -> str:
 
     return (
         f"The filters drop every row: no interaction has both an item with at least "
-        f"filters.min_users_per_item = {filters.min_users_per_item} distinct users and a user with "
-        f"at least filters.min_items_per_user = {filters.min_items_per_user} such items"
+        f"data_processing.filters.min_users_per_item = {filters.min_users_per_item} distinct users "
+        f"and a user with at least data_processing.filters.min_items_per_user = "
+        f"{filters.min_items_per_user} such items"
         f"{', to the fixed point' if filters.iterate else ''}. In the log an item has at most "
         f"{largest('item'):,} users and a user at most {largest('user'):,} items; lower the filters"
     )

@@ -64,7 +64,8 @@ def build_sequences(
     if train["window_starts"].size == 0:
         raise InteractionsError(
             f"None of the {train['users'].size:,} training users has two training items, so there "
-            f"is no next item to learn: raise filters.min_items_per_user or choose another split"
+            f"is no next item to learn: raise data_processing.filters.min_items_per_user or choose "
+            f"another split"
         )
     report = _describe_windows(train) | {
         "history_lengths": describe_lengths(np.diff(train["offsets"])),

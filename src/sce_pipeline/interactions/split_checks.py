@@ -25,7 +25,7 @@ def check_size(log: nw.LazyFrame[Any]) -> None:
     if min(size.values()) < 2:  # noqa: PLR2004
         raise InteractionsError(
             f"A log of {size['users']} user(s) and {size['items']} item(s) is nothing to learn "
-            f"from: at least two of each must be left; filters decide how many are"
+            f"from: at least two of each must be left; data_processing.filters decides how many are"
         )
 
 
@@ -62,21 +62,21 @@ def _cure(part: str, split: TemporalSplit | LeaveOneOutSplit) -> str:
     """What to change when a part is empty."""
     if isinstance(split, LeaveOneOutSplit):
         return (
-            "split.name: leave_one_out needs a user with at least two rows for a test target and "
+            "the split leave_one_out needs a user with at least two rows for a test target and "
             "three for a validation target; choose another split, or a log with longer histories"
         )
     is_disjoint = split.train_users == "disjoint"
     if part == TRAIN and is_disjoint:
         return (
-            f"every user has a row after the cut; raise split.quantile = {split.quantile:g} or set "
-            f"split.train_users: all"
+            f"every user has a row after the cut; raise data_processing.split.quantile = "
+            f"{split.quantile:g} or choose the split temporal, where everybody's past trains"
         )
     if part == TRAIN:
-        return f"raise split.validation_quantile = {split.validation_cut:g}"
+        return f"raise data_processing.split.validation_quantile = {split.validation_cut:g}"
     if is_disjoint:
         return (
             f"no user has {'two' if part == TEST else 'three'} rows after the cut of items seen in "
-            f"training; lower split.quantile = {split.quantile:g}"
+            f"training; lower data_processing.split.quantile = {split.quantile:g}"
         )
     name, cut = (
         ("quantile", split.quantile)
@@ -84,6 +84,6 @@ def _cure(part: str, split: TemporalSplit | LeaveOneOutSplit) -> str:
         else ("validation_quantile", split.validation_cut)
     )
     return (
-        f"no user has a history and, after the cut, an item seen in training; lower split.{name} = "
-        f"{cut:g}"
+        f"no user has a history and, after the cut, an item seen in training; lower "
+        f"data_processing.split.{name} = {cut:g}"
     )

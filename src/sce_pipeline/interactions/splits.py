@@ -174,8 +174,8 @@ def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, dateti
     if split.train_users == "all" and validation == test:
         raise InteractionsError(
             f"The validation and the test cut fall on the same moment, {test.isoformat()}: choose "
-            f"split.validation_quantile = {split.validation_cut:g} and split.quantile = "
-            f"{split.quantile:g} farther apart"
+            f"data_processing.split.validation_quantile = {split.validation_cut:g} and "
+            f"data_processing.split.quantile = {split.quantile:g} farther apart"
         )
     return {VALIDATION: validation, TEST: test}
 

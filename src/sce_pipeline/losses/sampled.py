@@ -52,11 +52,19 @@ class SampledLoss(Loss):
         sequence: Tensor,
         histories: Histories,
     ) -> Tensor:
+        n_items = len(item_embeddings)
+        if self.n_negatives >= n_items:
+            self._warn_once(
+                "n_negatives = %d is as large as the catalogue of %d items or larger: "
+                "negatives are drawn with replacement and repeat themselves",
+                self.n_negatives,
+                n_items,
+            )
         negatives = draw_negatives(
             targets,
             sequence,
             histories,
-            n_items=len(item_embeddings),
+            n_items=n_items,
             n_negatives=self.n_negatives,
             shared=self.shared,
             exclude=self.exclude,

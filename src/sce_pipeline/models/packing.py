@@ -38,12 +38,12 @@ class Packing:
         place = torch.arange(sequence.numel()) - starts[sequence]
         return cls(lengths, sequence, place, int(lengths.max()))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
+    def to(self, device: torch.device | str) -> Packing:
         """Return the same packing with its tensors on ``device``."""
         return Packing(
-            self.lengths.to(device, non_blocking=non_blocking),
-            self.sequence.to(device, non_blocking=non_blocking),
-            self.place.to(device, non_blocking=non_blocking),
+            self.lengths.to(device),
+            self.sequence.to(device),
+            self.place.to(device),
             self.longest,
         )
 

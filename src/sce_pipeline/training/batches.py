@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,16 +30,14 @@ class TrainingBatch:
     packing: Packing
     histories: Histories | None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
+    def to(self, device: torch.device | str) -> TrainingBatch:
         """Return the same batch with its tensors on ``device``."""
         histories = self.histories
-        return replace(
-            self,
-            items=self.items.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            packing=self.packing.to(device, non_blocking=non_blocking),
-            histories=histories
-            and Histories(*(part.to(device, non_blocking=non_blocking) for part in histories)),
+        return TrainingBatch(
+            self.items.to(device),
+            self.targets.to(device),
+            self.packing.to(device),
+            histories and Histories(*(part.to(device) for part in histories)),
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +29,6 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 # A deprecation between Lightning and newer versions of PyTorch; no concern of those who train.
 warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.pytorch.utilities")
 
-CHECKPOINT = "best"
-"""Name of the file with the best weights so far, without its suffix."""
-
 
 def fit(
     train_sequences: Mapping[str, np.ndarray],
@@ -43,7 +42,7 @@ def fit(
     Args:
         train_sequences: Training items, windows and the size of the catalogue.
         validation_sequences: Histories and targets of the validation users.
-        checkpoints: Folder that holds the best weights so far while training runs.
+        checkpoints: Folder in which a folder of this run holds the best weights so far.
         parameters: Model, loss and optimisation.
         filter_seen: Whether validation leaves out the items of a user's history.
 
@@ -52,8 +51,13 @@ def fit(
         epoch, and the loss, validation metrics and time of every epoch.
 
     Raises:
-        ValueError: The sequences hold no window or ids outside the catalogue.
+        ValueError: The sequences hold no window or ids outside the catalogue, a GPU or 16-mixed is
+            asked for where there is no GPU, or the loss is no longer finite.
     """
+    if parameters.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError(
+            "training.accelerator is gpu, but PyTorch finds no CUDA device; use auto or cpu"
+        )
     lightning.seed_everything(parameters.seed, verbose=False)
     n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
     module = NextItemModule(build_model(parameters.model, n_items, max_length), parameters)
@@ -61,10 +65,10 @@ def fit(
         train_sequences, parameters.batch_size, parameters.seed, module.loss.needs_histories
     )
     validation = Validation(module.model, validation_sequences, filter_seen, batches.n_tokens)
-    (checkpoints / f"{CHECKPOINT}.ckpt").unlink(missing_ok=True)  # of a run that was cut off
+    folder = Path(tempfile.mkdtemp(prefix="run_", dir=checkpoints))  # runs may go side by side
     best = ModelCheckpoint(
-        checkpoints,
-        filename=CHECKPOINT,
+        folder,
+        filename="best",
         monitor=MONITOR,
         mode="max",
         save_weights_only=True,
@@ -84,31 +88,32 @@ def fit(
         precision=parameters.precision,
         max_epochs=parameters.max_epochs,
         callbacks=callbacks,
-        default_root_dir=checkpoints,
+        default_root_dir=folder,
         logger=False,
         enable_model_summary=False,
         enable_progress_bar=in_terminal,
     )
+    device = trainer.strategy.root_device
+    if device.type == "cpu" and parameters.precision == "16-mixed":
+        raise ValueError("training.precision is 16-mixed, which needs a GPU; use bf16-mixed")
     logger.info(
-        "training %s with %s on %s: %d items, %d windows, %d tokens and %d batches an epoch",
+        "training %s with %s on %s: %s items, %s windows, %s tokens and %s batches an epoch",
         parameters.model.name,
         parameters.loss.name,
-        _describe(trainer.strategy.root_device),
-        n_items,
-        batches.starts.numel(),
-        batches.n_tokens,
-        len(batches),
+        _describe(device),
+        *(f"{n:,}" for n in (n_items, batches.starts.numel(), batches.n_tokens, len(batches))),
     )
     trainer.fit(module, train_dataloaders=batches)
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["state_dict"])
+    shutil.rmtree(folder)  # a run that is cut off leaves its best weights there
     weights = {name: weight.cpu() for name, weight in module.model.state_dict().items()}
     record = {
         "parameters": parameters.model_dump(mode="json"),
         "n_items": n_items,
         "n_windows": batches.starts.numel(),
         "n_tokens": batches.n_tokens,
-        "device": _describe(trainer.strategy.root_device),
+        "device": _describe(device),
         "best_epoch": validation.best["epoch"],
         "epochs": validation.epochs,
     }

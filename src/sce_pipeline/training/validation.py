@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -68,10 +69,15 @@ class Validation(Callback):
         """Validate, record the epoch and log it in one line."""
         loss = float(trainer.callback_metrics["loss"])  # waits for the device
         trained = time.perf_counter()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss is {loss} in epoch {trainer.current_epoch + 1}: "
+                "lower training.learning_rate or set training.precision to 32-true"
+            )
         pl_module.eval()
         ranks = self._target_ranks()
         pl_module.train()
-        value = float(ndcg(ranks, CUTOFF).mean())
+        value = float(ndcg(ranks, CUTOFF).mean().float())  # as Lightning compares it
         pl_module.log(MONITOR, value)
         validated = time.perf_counter()
         training_seconds = trained - self._started

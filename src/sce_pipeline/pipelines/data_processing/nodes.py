@@ -12,6 +12,7 @@ from sce_pipeline.interactions import cleaning, encoding, filters, sequences, sp
 from sce_pipeline.interactions.reports import Report
 from sce_pipeline.interactions.sequences import Arrays
 from sce_pipeline.parameters import DataProcessingParameters
+from sce_pipeline.provenance import stamp
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ def clean_interactions(
         report["first_timestamp"],
         report["last_timestamp"],
     )
+    if report["last_timestamp"] < "1971":
+        logger.warning(
+            "All timestamps fall before 1971: is %s really in %s since 1970?",
+            parameters.columns.timestamp,
+            report["timestamp_unit"],
+        )
     return interactions.to_native(), report
 
 
@@ -82,6 +89,11 @@ def encode_interactions(
         f"{report['items']:,}",
         f"{report['items_without_title']:,}",
     )
+    if item_titles is not None and report["items_without_title"] == report["items"]:
+        logger.warning(
+            "The table of items has no title for any item: do its ids in %s look like the log's?",
+            parameters.item_columns.item,
+        )
     if report["repeated_item_rows"]:
         logger.warning(
             "The table of items repeats an id in %s rows: the first row of an id counts",
@@ -106,7 +118,8 @@ def build_sequences(
         f"{report['users_without_window']:,}",
         100 * report["ties"]["share_of_pairs"],
     )
-    return train, validation, test, popularity, report
+    made_with = stamp(parameters)
+    return train | made_with, validation | made_with, test | made_with, popularity, report
 
 
 def summarise_data(

@@ -12,7 +12,12 @@ from sce_pipeline.evaluation.device import choose_device
 from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model, rank_with_popularity
 from sce_pipeline.models import load_model
-from sce_pipeline.parameters import EvaluationParameters, TrainingParameters
+from sce_pipeline.parameters import (
+    DataProcessingParameters,
+    EvaluationParameters,
+    TrainingParameters,
+)
+from sce_pipeline.provenance import check_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +27,10 @@ def rank_items(
     test_sequences: dict[str, np.ndarray],
     training: TrainingParameters,
     evaluation: EvaluationParameters,
+    data_processing: DataProcessingParameters,
 ) -> dict[str, np.ndarray]:
     """Rank all items for every test user by the trained model."""
+    check_stamp(test_sequences, data_processing)
     model = load_model(training.model, model_weights).to(choose_device(evaluation.accelerator))
     return rank_with_model(model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen)
 

@@ -17,7 +17,13 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 rank_items,
-                inputs=["model_weights", "test_sequences", "params:training", "params:evaluation"],
+                inputs=[
+                    "model_weights",
+                    "test_sequences",
+                    "params:training",
+                    "params:evaluation",
+                    "params:data_processing",
+                ],
                 outputs="test_rankings",
                 name="rank_items",
             ),

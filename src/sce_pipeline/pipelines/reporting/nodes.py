@@ -84,11 +84,18 @@ def report_run(
         if "ndcg@10" in values
     ]
     return render(
-        f"{dataset}: test metrics over {measured['n_users']:,} users and "
-        f"{measured['n_items']:,} items, seed {parameters['seed']}",
+        f"{dataset}, {_describe_split(training_history['data_processing']['split'])}: test metrics "
+        f"over {measured['n_users']:,} users and {measured['n_items']:,} items, "
+        f"seed {parameters['seed']}",
         tabulate_metrics(rankings, METRICS, sorted(evaluation.cutoffs)),
         "\n".join(sentences),
         "",
         "Examples from the test users",
         tabulate_examples(example_recommendations.to_dicts()),
     )
+
+
+def _describe_split(split: dict[str, Any]) -> str:
+    if split["name"] == "leave_one_out":
+        return "leave-one-out"
+    return f"temporal split at {split['quantile']:g} with {split['train_users']} training users"

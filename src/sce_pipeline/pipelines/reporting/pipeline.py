@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kedro.pipeline import Node, Pipeline
 
 from sce_pipeline.pipelines.reporting.figures import (
@@ -15,7 +13,7 @@ from sce_pipeline.pipelines.reporting.figures import (
 from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendations
 
 
-def create_pipeline(**kwargs: Any) -> Pipeline:
+def create_pipeline() -> Pipeline:
     """Results of the other stages in, figures and tables out."""
     return Pipeline(
         [

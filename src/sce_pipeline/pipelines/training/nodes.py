@@ -8,16 +8,36 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sce_pipeline.parameters import EvaluationParameters, TrainingParameters
+from sce_pipeline.parameters import (
+    DataProcessingParameters,
+    EvaluationParameters,
+    TrainingParameters,
+)
+from sce_pipeline.provenance import check_stamp, read_stamp
 from sce_pipeline.training.fit import fit
+
+Sequences = dict[str, np.ndarray]
+
+
+def check_data(
+    train_sequences: Sequences,
+    validation_sequences: Sequences,
+    data_processing: DataProcessingParameters,
+) -> dict[str, Sequences]:
+    """Make sure, before any training, that the sequences are those that this run asks for."""
+    training_data = {"train": train_sequences, "validation": validation_sequences}
+    for sequences in training_data.values():
+        check_stamp(sequences, data_processing)
+    return training_data
 
 
 def train_model(
-    train_sequences: dict[str, np.ndarray],
-    validation_sequences: dict[str, np.ndarray],
+    training_data: dict[str, Sequences],
     checkpoints: Path,
     training: TrainingParameters,
     evaluation: EvaluationParameters,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train with the selected loss; returns the best weights and the training history."""
-    return fit(train_sequences, validation_sequences, checkpoints, training, evaluation.filter_seen)
+    train, validation = training_data["train"], training_data["validation"]
+    weights, history = fit(train, validation, checkpoints, training, evaluation.filter_seen)
+    return weights, {"data_processing": read_stamp(train), **history}

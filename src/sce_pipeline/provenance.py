@@ -1,0 +1,57 @@
+"""A stamp on sequences that says with which parameters they were made.
+
+Data of a data set lies in one place whatever its split and filters, so a partial run could meet
+sequences that an earlier run made with other parameters. The stamp lets it see so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sce_pipeline.parameters import DataProcessingParameters
+
+STAMP = "parameters"
+"""Name of the stamp among the arrays: the parameters as JSON, one byte an entry."""
+
+
+def stamp(parameters: DataProcessingParameters) -> dict[str, np.ndarray]:
+    """Return the stamp of ``parameters``, uint8 [bytes], by its name."""
+    text = json.dumps(parameters.model_dump(mode="json"), sort_keys=True)
+    return {STAMP: np.frombuffer(text.encode(), dtype=np.uint8)}
+
+
+def read_stamp(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the parameters that stamped arrays were made with."""
+    return json.loads(arrays[STAMP].tobytes())
+
+
+def check_stamp(arrays: Mapping[str, np.ndarray], parameters: DataProcessingParameters) -> None:
+    """Check that arrays were made with the parameters that are asked for.
+
+    Raises:
+        ValueError: They were not; the message lists the differences.
+    """
+    made = dict(_flatten(read_stamp(arrays)))
+    asked = dict(_flatten(parameters.model_dump(mode="json")))
+    differences = [
+        f"{name} = {made.get(name)!r} rather than {asked.get(name)!r}"
+        for name in sorted(made.keys() | asked.keys())
+        if made.get(name) != asked.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"the sequences were made with data_processing.{', '.join(differences)}; "
+            "run the pipeline data_processing again with the parameters of this run"
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
