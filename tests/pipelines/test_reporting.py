@@ -103,14 +103,14 @@ def test_examples_join_rankings_histories_and_titles_by_user(examples):
     assert examples.to_dicts() == [
         {
             "user": "u2",
-            "had_last": "Dune\nc\nBrazil [1985]",
-            "recommended": "Alien\nBrazil [1985]\nElf",
+            "had_last": "· Dune\n· c\n· Brazil [1985]",
+            "recommended": "· Alien\n· Brazil [1985]\n· Elf",
             "took": "Dune (4)",
         },
         {
             "user": "u0",
-            "had_last": "Brazil [1985]",
-            "recommended": "c",
+            "had_last": "· Brazil [1985]",
+            "recommended": "· c",
             "took": "Brazil [1985] (had it before)",
         },
     ]
@@ -136,4 +136,4 @@ def test_report_holds_the_metrics_and_the_examples(examples):
     assert "Brazil [1985]" in text  # no markup
     rows = [line.split() for line in text.splitlines() if "popularity" in line and "0.1250" in line]
     assert len([row for row in rows if row[:1] == ["popularity"]]) == len(METRICS)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80

@@ -45,7 +45,7 @@ def show_recommendations(
     chosen = np.unique(np.linspace(0, n_users - 1, N_EXAMPLES).astype(int))
 
     def write(numbers: Sequence[int]) -> str:
-        return "\n".join(titles[number] for number in numbers if number >= 0)
+        return "\n".join(f"· {titles[number]}" for number in numbers if number >= 0)
 
     rows = []
     for row in chosen.tolist():

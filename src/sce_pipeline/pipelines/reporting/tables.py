@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-WIDTH = 100
-"""Columns of text in a report."""
+WIDTH = 80
+"""Columns of text in a report: as many as the narrowest common terminal has."""
 
 
 def render(*parts: RenderableType) -> str:
