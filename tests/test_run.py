@@ -146,7 +146,11 @@ def test_a_bad_value_fails_before_any_node(project):
         ({"dataset": "../walk"}, "dataset\n  String should match pattern"),
         ({"dataset": 7}, "dataset\n  Input should be a valid string"),
         ({"seed": 2**32}, "seed\n  Input should be less than 4294967296"),
-        ({"training": {"loss": {"name": "ce"}}, "loss": "sce"}, "loss"),
+        (
+            {"training": {"loss": {"name": "ce"}}},
+            "loss.ce.n_buckets\n  Extra inputs are not permitted",
+        ),
+        ({"training": {"seed": 1}}, "seed is 42 but training.seed has 1"),
         ({"dataset_presets": {"walk": {"trainin": {}}}}, "trainin\n  Extra inputs"),
         ({"evaluation": {"cutoffs": [5, 5]}}, "cutoffs must be distinct, got 5, 5"),
     ],

@@ -150,6 +150,23 @@ def test_a_log_without_titles_is_processed_too(tmp_path):
     assert run(tmp_path).load("items")["title"].null_count() == 4
 
 
+def test_titles_that_belong_to_no_item_and_moments_of_1970_are_warned_of(tmp_path, caplog):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(
+        b"userid,itemid,timestamp\n"
+        + b"".join(
+            b"%d,%d,2017080%d\n" % (user, day, day) for user in (1, 2) for day in range(1, 5)
+        )
+    )
+    (tmp_path / "raw/items.csv").write_bytes(b"itemid,title\n1.0,Alien\n2.0,Brazil\n")
+    with caplog.at_level(logging.WARNING, logger="sce_pipeline"):
+        run(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        "All timestamps fall before 1971: is timestamp really in seconds since 1970?",
+        "The table of items has no title for any item: do its ids in itemid look like the log's?",
+    ]
+
+
 def test_parquet_gives_what_csv_gives(tmp_path):
     log = pl.DataFrame(
         {"userid": [1, 1, 1, 2, 2, 2] * 3, "itemid": [4.0, 5.0, None, 6.0, 5.0, 4.0] * 3}

@@ -172,10 +172,10 @@ def test_kedro_checks_the_parameters_and_names_stay_plain():
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_the_device_is_the_one_asked_for(monkeypatch, has_gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type == ("cuda" if has_gpu else "cpu")
+    assert choose_device("cpu", "evaluation.accelerator").type == "cpu"
+    assert choose_device("auto", "evaluation.accelerator").type == ("cuda" if has_gpu else "cpu")
     if has_gpu:
-        assert choose_device("gpu").type == "cuda"
+        assert choose_device("gpu", "evaluation.accelerator").type == "cuda"
     else:
         with pytest.raises(ValueError, match=r"evaluation\.accelerator is gpu"):
-            choose_device("gpu")
+            choose_device("gpu", "evaluation.accelerator")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sce_pipeline.evaluation.held_out import check_items
 from sce_pipeline.losses.base import Histories
 from sce_pipeline.models import Packing
 
@@ -72,9 +73,7 @@ class TrainingBatches:
                 "no user has two training items, so there is nothing to learn from; "
                 "lower the filters or move the split"
             )
-        low, high = int(self.items.min()), int(self.items.max())
-        if low < 0 or high >= n_items:
-            raise ValueError(f"training items must lie in 0..{n_items - 1}, got {low}..{high}")
+        check_items("training items", sequences["items"], 0, n_items)
         self.histories: Histories | None = None
         if with_histories:
             offsets = torch.from_numpy(sequences["offsets"])

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from torch import Tensor
 
+from sce_pipeline.evaluation.device import choose_device
 from sce_pipeline.models import build_model
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.batches import TrainingBatches
@@ -54,7 +55,9 @@ def fit(
         ValueError: The sequences hold no window or ids outside the catalogue, a GPU or 16-mixed is
             asked for where there is no GPU, or the loss is no longer finite.
     """
-    _check_hardware(parameters)
+    device = choose_device(parameters.accelerator, "training.accelerator")
+    if device.type == "cpu" and parameters.precision == "16-mixed":
+        raise ValueError("training.precision is 16-mixed, which needs a GPU; use bf16-mixed")
     lightning.seed_everything(parameters.seed, verbose=False)
     n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
     module = NextItemModule(build_model(parameters.model, n_items, max_length), parameters)
@@ -120,18 +123,6 @@ def fit(
         len(validation.epochs),
     )
     return weights, record
-
-
-def _check_hardware(parameters: TrainingParameters) -> None:
-    """Refuse what only a GPU can do where there is none, before anything is written."""
-    has_gpu = torch.cuda.is_available()
-    if parameters.accelerator == "gpu" and not has_gpu:
-        raise ValueError(
-            "training.accelerator is gpu, but PyTorch finds no CUDA device; use auto or cpu"
-        )
-    on_cpu = parameters.accelerator == "cpu" or not has_gpu
-    if on_cpu and parameters.precision == "16-mixed":
-        raise ValueError("training.precision is 16-mixed, which needs a GPU; use bf16-mixed")
 
 
 def _describe(device: torch.device) -> str:

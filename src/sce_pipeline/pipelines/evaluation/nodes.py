@@ -31,7 +31,7 @@ def rank_items(
 ) -> dict[str, np.ndarray]:
     """Rank all items for every test user by the trained model."""
     check_stamp(test_sequences, data_processing)
-    model = load_model(training.model, model_weights).to(choose_device(evaluation.accelerator))
+    model = load_model(training.model, model_weights).to(_device(evaluation))
     return rank_with_model(model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen)
 
 
@@ -46,7 +46,7 @@ def rank_by_popularity(
         test_sequences,
         max(evaluation.cutoffs),
         evaluation.filter_seen,
-        choose_device(evaluation.accelerator),
+        _device(evaluation),
     )
 
 
@@ -71,3 +71,7 @@ def measure_rankings(
         ),
     )
     return {"model": model, "popularity": popularity}
+
+
+def _device(evaluation: EvaluationParameters) -> torch.device:
+    return choose_device(evaluation.accelerator, "evaluation.accelerator")
