@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from kedro.framework.session import KedroSession
 
 from helpers import ROOT
 
+if not torch.cuda.is_available():  # then Triton's kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # tests run side by side, a process on each core
 
 
