@@ -1,0 +1,275 @@
+"""Losses over negatives that a group of tokens shares, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from sce_pipeline.losses.base import chunks, target_logits
+from sce_pipeline.losses.implementation import compute_dtype
+
+
+class Groups(NamedTuple):
+    """Which tokens meet which negatives.
+
+    A negative that is a token's target is none for this token.
+
+    Attributes:
+        items: int64 [groups, n_negatives]; -1 where there is no negative.
+        offsets: int64 [groups + 1], non-decreasing from 0; group ``g`` owns the tokens from
+            ``offsets[g]`` up to ``offsets[g + 1]``, or up to the last there is.
+        log_weights: float32 [groups, n_negatives], added to the negatives' logits; -inf makes it
+            no negative.
+        n_candidates: int64 [groups]; how many items the negatives of a token stand for. Where
+            given, V negatives have the weight n_candidates / V each.
+    """
+
+    items: Tensor
+    offsets: Tensor
+    log_weights: Tensor | None = None
+    n_candidates: Tensor | None = None
+
+
+def grouped_cross_entropy(
+    hidden: Tensor, item_embeddings: Tensor, targets: Tensor, groups: Groups, *, triton: bool
+) -> Tensor:
+    """Return the mean over tokens of ``logsumexp(target and negatives' logits) - target logit``.
+
+    Args:
+        hidden: [tokens, d].
+        item_embeddings: [n_items, d].
+        targets: int64 [tokens].
+        groups: The negatives.
+        triton: Whether the Triton kernels compute it. Their gradient of the table is added up in
+            an order that changes from run to run.
+
+    Returns:
+        A scalar, in float32 or, for float64 arguments, in float64.
+    """
+    dtype = compute_dtype(hidden, item_embeddings)
+    return _GroupedLoss.apply(hidden, item_embeddings, targets, groups, None, dtype, triton)
+
+
+def grouped_binary_cross_entropy(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    groups: Groups,
+    *,
+    beta: float,
+    triton: bool,
+) -> Tensor:
+    """Return the mean over tokens of ``-(β·log σ(target) + Σ log σ(-negative)) / (1 + n)``.
+
+    The arguments are those of ``grouped_cross_entropy``, with the exponent β of gBCE, 1 for BCE;
+    ``n_candidates`` has no meaning here.
+    """
+    dtype = compute_dtype(hidden, item_embeddings)
+    groups = groups._replace(n_candidates=None)
+    return _GroupedLoss.apply(hidden, item_embeddings, targets, groups, beta, dtype, triton)
+
+
+class _GroupedLoss(torch.autograd.Function):
+    """The mean loss; binary with a ``beta``, products of factors rounded to ``dtype``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        item_embeddings: Tensor,
+        targets: Tensor,
+        groups: Groups,
+        beta: float | None,
+        dtype: torch.dtype,
+        triton: bool,
+    ) -> Tensor:
+        run, ctx.run_backward = _implementation(triton)
+        ctx.options = {"beta": beta, "dtype": dtype}
+        arguments = [
+            each if each is None else each.contiguous()
+            for each in (hidden, item_embeddings, targets, *groups)
+        ]
+        losses, *results = run(*arguments, **ctx.options)
+        ctx.save_for_backward(*arguments[:-1], *results)
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *arguments, grad_hidden, shares, log_sums = ctx.saved_tensors
+        hidden, item_embeddings = arguments[:2]
+        scale = grad / len(hidden)
+        grad_table = None
+        if ctx.needs_input_grad[1]:
+            grad_table = ctx.run_backward(scale, *arguments, shares, log_sums, **ctx.options)
+            grad_table = grad_table.to(item_embeddings.dtype)
+        # One kernel multiplies in float32 and rounds.
+        scaled = torch.mul(grad_hidden, scale, out=torch.empty_like(hidden))
+        return scaled, grad_table, None, None, None, None, None
+
+
+def _implementation(triton: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the forward and the backward, which take and return the same either way."""
+    if triton:
+        # Triton is not needed where no kernel runs.
+        from sce_pipeline.losses.kernels import grouped
+
+        return grouped.forward, grouped.backward
+    return _forward, _backward
+
+
+def _forward(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    log_weights: Tensor | None,
+    n_candidates: Tensor | None,
+    *,
+    beta: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``kernels.grouped.forward`` does."""
+    groups = Groups(items, offsets, log_weights, n_candidates)
+    tiles = _Tiles.of(offsets, len(hidden))
+    positive = target_logits(hidden, item_embeddings, targets)
+    of_tiles, grad_of_tiles, corrections = [], [], []
+    for tile in tiles.chunks(items.shape[1], hidden.shape[1]):
+        logits, _, keys = _logits(tile, hidden, item_embeddings, targets, groups, dtype)
+        if beta is None:
+            correction = logits.new_zeros(logits.shape[:2])
+            if n_candidates is not None:
+                n_valid = (~logits.isneginf()).sum(2).clamp(min=1)
+                candidates = n_candidates[tile.owner, None].clamp(min=1)
+                correction = (candidates.to(logits.dtype) / n_valid).log()
+            corrections.append(correction)
+            total = logits.logsumexp(2)
+            factors = (logits - total.nan_to_num(neginf=0)[:, :, None]).exp()
+        else:
+            total, factors = functional.softplus(logits).sum(2), logits.sigmoid()
+        of_tiles.append(total)
+        grad_of_tiles.append(_matmul(factors, keys))
+    total = torch.cat(of_tiles).flatten()[tiles.row]
+    grad_hidden = torch.cat(grad_of_tiles).flatten(0, 1)[tiles.row]
+    if beta is None:
+        correction = torch.cat(corrections).flatten()[tiles.row]
+        # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
+        # nearly all of the sum.
+        log_odds = total + correction - positive
+        losses, shares = functional.softplus(log_odds), log_odds.sigmoid()
+        log_sums = positive + losses - correction
+        grad_hidden *= shares[:, None]
+    else:
+        n_terms = 1 + items.shape[1]
+        losses = (beta * functional.softplus(-positive) + total) / n_terms
+        shares = beta * (-positive).sigmoid() / n_terms
+        log_sums = shares
+        grad_hidden /= n_terms
+    grad_hidden -= shares[:, None] * functional.embedding(targets, item_embeddings)
+    return losses, grad_hidden, shares, log_sums
+
+
+def _backward(
+    scale: Tensor,
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    log_weights: Tensor | None,
+    shares: Tensor,
+    log_sums: Tensor,
+    *,
+    beta: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return what ``kernels.grouped.backward`` does."""
+    groups = Groups(items, offsets, log_weights)
+    tiles = _Tiles.of(offsets, len(hidden))
+    grad_table = torch.zeros_like(item_embeddings, dtype=shares.dtype)
+    for tile in tiles.chunks(items.shape[1], hidden.shape[1]):
+        logits, queries, _ = _logits(tile, hidden, item_embeddings, targets, groups, dtype)
+        if beta is None:
+            factors = (logits - log_sums[tile.token][:, :, None]).exp()
+        else:
+            factors = logits.sigmoid() / (1 + items.shape[1])
+        factors = factors.masked_fill(~tile.is_token[:, :, None], 0)
+        grad_keys = _matmul(factors.mT, queries)
+        rows = items[tile.owner].clamp(min=0).flatten()
+        grad_table.index_add_(0, rows, grad_keys.flatten(0, 1))
+    grad_table.index_add_(0, targets, -shares[:, None] * hidden)
+    return grad_table.mul_(scale)
+
+
+class _Tiles(NamedTuple):
+    """Tokens cut into tiles of equally many rows, each group starting a tile of its own.
+
+    Attributes:
+        owner: int64 [n_tiles]; the group of each tile.
+        token: int64 [n_tiles, n_rows]; the token of each row, any where there is none.
+        is_token: bool [n_tiles, n_rows].
+        row: int64 [tokens]; where each token is among all rows.
+    """
+
+    owner: Tensor
+    token: Tensor
+    is_token: Tensor
+    row: Tensor
+
+    @classmethod
+    def of(cls, offsets: Tensor, n_tokens: int) -> _Tiles:
+        """Lay out groups of the given offsets, however ragged, without asking the device."""
+        n_groups, device = len(offsets) - 1, offsets.device
+        offsets = offsets.clamp(max=n_tokens)
+        n_rows = -(-n_tokens // n_groups)
+        n_tiles = n_tokens // n_rows + n_groups
+        # It grows by at least the tiles of each group, and in all by at most two a group.
+        first_tile = offsets // n_rows + torch.arange(n_groups + 1, device=device)
+        every_tile = torch.arange(n_tiles, device=device)
+        every_token = torch.arange(n_tokens, device=device)
+        owner = torch.searchsorted(first_tile[1:], every_tile, right=True)
+        start = offsets[owner] + (every_tile - first_tile[owner]) * n_rows
+        token = start[:, None] + torch.arange(n_rows, device=device)
+        is_token = token < offsets[owner + 1, None]
+        group = torch.searchsorted(offsets[1:], every_token, right=True)
+        row = first_tile[group] * n_rows + every_token - offsets[group]
+        return cls(owner, token.clamp_(max=n_tokens - 1), is_token, row)
+
+    def chunks(self, n_negatives: int, d: int) -> Iterator[_Tiles]:
+        """Cut the tiles into chunks whose logits and embeddings fit the device's chunk."""
+        n_tiles, n_rows = self.token.shape
+        elements = max(n_rows * n_negatives, (n_rows + n_negatives) * d)
+        for chunk in chunks(n_tiles, elements, self.row.device):
+            yield _Tiles(self.owner[chunk], self.token[chunk], self.is_token[chunk], self.row)
+
+
+def _logits(
+    tile: _Tiles,
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [n, rows, n_negatives], -inf where there is no negative, and their factors."""
+    items = groups.items[tile.owner]
+    accumulated = torch.promote_types(dtype, torch.float32)
+    queries = hidden[tile.token].to(dtype).to(accumulated)
+    keys = functional.embedding(items.clamp(min=0), item_embeddings).to(dtype).to(accumulated)
+    logits = _matmul(queries, keys.mT)
+    if groups.log_weights is not None:
+        logits += groups.log_weights[tile.owner, None]
+    is_target = items[:, None] == targets[tile.token][:, :, None]
+    return logits.masked_fill_(is_target | (items < 0)[:, None], -torch.inf), queries, keys
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product in the dtype of its factors, whatever autocast has to say."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
