@@ -64,6 +64,7 @@ def test_the_papers_amazon_beauty_experiment_has_its_parameters():
         "bucket_size_x": 202,
         "bucket_size_y": 256,
         "mix_x": False,
+        "impl": "auto",
     }
     assert (training.batch_size, training.patience, training.max_epochs) == (1024, 50, 300)
     assert (training.model.dropout, training.model.hidden_size, training.model.n_blocks) == (

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from sce_pipeline.losses import LOSSES, base
-from sce_pipeline.losses.sce import Buckets, bucketed_cross_entropy, draw_buckets
+from sce_pipeline.losses.sce import (
+    Buckets,
+    bucketed_cross_entropy,
+    draw_buckets,
+    draw_buckets_fused,
+    draw_centres,
+    fused_bucketed_cross_entropy,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def oracle(batch, buckets):
@@ -169,3 +178,71 @@ def test_half_precision_holds_mixtures_of_many_long_hidden_states(make_batch, mo
     half = draw_buckets(*batch.to(torch.float16)[:2], **sizes).tokens.tolist()
     for one, other in zip(exact, half, strict=True):
         assert len(set(one) & set(other)) > 45
+
+
+@pytest.mark.parametrize(("size_x", "size_y"), [(1, 1), (3, 2), (100, 100)])
+def test_the_kernels_agree_with_pytorch_given_the_buckets(batch, agree, size_x, size_y):
+    buckets = Buckets(*(t.to(DEVICE) for t in random_buckets(batch, 4, size_x, size_y)))
+    batch = batch.to(DEVICE, torch.float32)
+    other = batch.like()
+    agree(
+        fused_bucketed_cross_entropy(*batch[:3], buckets),
+        batch,
+        bucketed_cross_entropy(*other[:3], buckets),
+        other,
+    )
+
+
+@pytest.mark.parametrize("mix_x", [False, True])
+def test_the_kernels_over_everything_are_the_full_cross_entropy(batch, agree, mix_x):
+    batch = batch.to(DEVICE, torch.float32)
+    sizes = {"n_buckets": 2, "bucket_size_x": 500, "bucket_size_y": 500, "mix_x": mix_x}
+    other = batch.like()
+    loss = LOSSES["sce"](**sizes, impl="triton")
+    agree(loss(*batch), batch, LOSSES["ce"]()(*other), other)
+
+
+@pytest.mark.parametrize("mix_x", [False, True])
+@pytest.mark.parametrize("few", [0, 2**14])
+def test_the_kernels_choose_the_same_buckets(make_batch, monkeypatch, mix_x, few):
+    from sce_pipeline.losses.kernels import nearest  # noqa: PLC0415
+
+    monkeypatch.setattr(nearest, "FEW_ROWS", few)
+    batch = make_batch((40, 30), n_items=90, dtype=torch.float32).to(DEVICE)
+    sizes = {"n_buckets": 6, "bucket_size_x": 9, "bucket_size_y": 11, "mix_x": mix_x}
+    torch.manual_seed(0)
+    expected = draw_buckets(*batch[:2], **sizes)
+    torch.manual_seed(0)
+    buckets = draw_buckets_fused(*batch[:2], **sizes)
+    torch.testing.assert_close(buckets.tokens.sort().values, expected.tokens.sort().values)
+    torch.testing.assert_close(buckets.items.sort().values, expected.items.sort().values)
+
+
+@pytest.mark.parametrize("elements", [1, 300, 2**22])
+def test_mixtures_for_the_kernels_are_drawn_few_at_a_time(
+    make_batch, monkeypatch, largest_tensor, elements
+):
+    batch = make_batch((100,), n_items=20, dtype=torch.float32)
+    monkeypatch.setattr(base, "CPU_CHUNK_ELEMENTS", elements)
+    with largest_tensor() as largest:
+        centres = draw_centres(12, batch.hidden, mix_x=True)
+    assert centres.shape == (12, 4)
+    assert largest.elements <= max(elements, batch.hidden.numel())
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton"])
+def test_the_loss_takes_the_implementation_it_is_told(make_batch, monkeypatch, impl):
+    batch = make_batch((5, 4), n_items=12, dtype=torch.float32).to(DEVICE)
+    taken = []
+    for name in ("bucketed_cross_entropy", "fused_bucketed_cross_entropy"):
+        function = globals()[name]
+
+        def remember(*arguments, function=function, name=name):
+            taken.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(f"sce_pipeline.losses.sce.{name}", remember)
+    loss = LOSSES["sce"](n_buckets=3, bucket_size_x=4, bucket_size_y=5, mix_x=False, impl=impl)
+    assert loss(*batch).isfinite()
+    fused = impl == "triton" or (impl == "auto" and DEVICE == "cuda")
+    assert taken == ["fused_bucketed_cross_entropy" if fused else "bucketed_cross_entropy"]

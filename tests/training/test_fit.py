@@ -23,6 +23,7 @@ SCE_OPTIONS = {
     "bucket_size_x": "auto",
     "bucket_size_y": 16,
     "mix_x": True,
+    "impl": "auto",
 }
 PARAMETERS_OF_LOSSES = [
     {"name": "ce"},

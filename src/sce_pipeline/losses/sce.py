@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sce_pipeline.losses.base import Histories, Loss, at_least_float32, chunks, target_logits
+from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
 
 
 class Buckets(NamedTuple):
@@ -41,6 +43,8 @@ class SCE(Loss):
         bucket_size_y: Items in a bucket.
         mix_x: Draw the centres as random mixtures of the hidden states, ``Ωᵀ X`` with normal Ω,
             rather than normal themselves.
+        impl: What computes it; see ``implementation``. The Triton kernels choose the buckets
+            without their inner products and never hold logits; their sums have no fixed order.
     """
 
     def __init__(
@@ -50,12 +54,14 @@ class SCE(Loss):
         bucket_size_x: int | Literal["auto"],
         bucket_size_y: int,
         mix_x: bool,
+        impl: Implementation = "auto",
     ) -> None:
         super().__init__()
         self.n_buckets = n_buckets
         self.bucket_size_x = bucket_size_x
         self.bucket_size_y = bucket_size_y
         self.mix_x = mix_x
+        self.impl = impl
 
     def _mean_loss(
         self,
@@ -67,7 +73,8 @@ class SCE(Loss):
     ) -> Tensor:
         n_tokens, n_items = len(hidden), len(item_embeddings)
         auto = math.isqrt(4 * n_tokens)
-        buckets = draw_buckets(
+        triton = takes_triton(self.impl, hidden, item_embeddings, deterministic=False)
+        buckets = (draw_buckets_fused if triton else draw_buckets)(
             hidden,
             item_embeddings,
             n_buckets=auto if self.n_buckets == "auto" else self.n_buckets,
@@ -79,6 +86,8 @@ class SCE(Loss):
             bucket_size_y=self._clamped("bucket_size_y", self.bucket_size_y, n_items, "items"),
             mix_x=self.mix_x,
         )
+        if triton:
+            return fused_bucketed_cross_entropy(hidden, item_embeddings, targets, buckets)
         return bucketed_cross_entropy(hidden, item_embeddings, targets, buckets)
 
     def _clamped(self, name: str, size: int, largest: int, what: str) -> int:
@@ -114,19 +123,48 @@ def draw_buckets(
         bucket_size_y: Items in a bucket, at most all.
         mix_x: Whether the centres are mixtures of the hidden states.
     """
-    n_tokens, d = hidden.shape
     tokens, items = [], []
-    for chunk in chunks(n_buckets, max(n_tokens, len(item_embeddings)), hidden.device):
-        n_centres = chunk.stop - chunk.start
-        if mix_x:
-            # Divided by √tokens, a mixture is as long as a hidden state, which float16 can hold.
-            omega = torch.randn(n_centres, n_tokens, dtype=hidden.dtype, device=hidden.device)
-            centres = omega.div_(math.sqrt(n_tokens)) @ hidden
-        else:
-            centres = torch.randn(n_centres, d, dtype=hidden.dtype, device=hidden.device)
+    largest = max(len(hidden), len(item_embeddings))
+    for chunk in chunks(n_buckets, largest, hidden.device):
+        centres = draw_centres(chunk.stop - chunk.start, hidden, mix_x=mix_x)
         tokens.append((centres @ hidden.T).topk(bucket_size_x, sorted=False).indices)
         items.append((centres @ item_embeddings.T).topk(bucket_size_y, sorted=False).indices)
     return Buckets(torch.cat(tokens), torch.cat(items))
+
+
+@torch.no_grad()
+def draw_buckets_fused(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    *,
+    n_buckets: int,
+    bucket_size_x: int,
+    bucket_size_y: int,
+    mix_x: bool,
+) -> Buckets:
+    """Return what ``draw_buckets`` does, through the Triton kernels."""
+    from sce_pipeline.losses.kernels.nearest import nearest_rows
+
+    centres = draw_centres(n_buckets, hidden, mix_x=mix_x)
+    centres = centres.to(compute_dtype(hidden, item_embeddings))
+    return Buckets(
+        nearest_rows(centres, hidden, bucket_size_x),
+        nearest_rows(centres, item_embeddings, bucket_size_y),
+    )
+
+
+def draw_centres(n_centres: int, hidden: Tensor, *, mix_x: bool) -> Tensor:
+    """Return random centres, [n_centres, d], mixtures of the hidden states few at a time."""
+    n_tokens, d = hidden.shape
+    if not mix_x:
+        return torch.randn(n_centres, d, dtype=hidden.dtype, device=hidden.device)
+    mixtures = []
+    for chunk in chunks(n_centres, n_tokens, hidden.device):
+        shape = (chunk.stop - chunk.start, n_tokens)
+        # Divided by √tokens, a mixture is as long as a hidden state, which float16 can hold.
+        omega = torch.randn(*shape, dtype=hidden.dtype, device=hidden.device)
+        mixtures.append(omega.div_(math.sqrt(n_tokens)) @ hidden)
+    return torch.cat(mixtures)
 
 
 def bucketed_cross_entropy(
@@ -189,3 +227,56 @@ def _cross_entropies(
     logits = torch.cat([positives[:, :, None], logits], dim=2).flatten(0, 1)
     first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     return functional.cross_entropy(logits, first, reduction="none").view_as(positives)
+
+
+def fused_bucketed_cross_entropy(
+    hidden: Tensor, item_embeddings: Tensor, targets: Tensor, buckets: Buckets
+) -> Tensor:
+    """Return what ``bucketed_cross_entropy`` does, through the Triton kernels.
+
+    Of buckets that tie, one has the whole gradient, a subgradient as good as that of their mean.
+    """
+    dtype = compute_dtype(hidden, item_embeddings)
+    return _FusedBuckets.apply(hidden, item_embeddings, targets, *buckets, dtype)
+
+
+class _FusedBuckets(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        item_embeddings: Tensor,
+        targets: Tensor,
+        bucket_tokens: Tensor,
+        bucket_items: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        from sce_pipeline.losses.kernels.buckets import find_winners
+
+        hidden, item_embeddings = hidden.contiguous(), item_embeddings.contiguous()
+        targets, bucket_items = targets.contiguous(), bucket_items.contiguous()
+        winners = find_winners(
+            hidden, item_embeddings, targets, bucket_tokens.contiguous(), bucket_items, dtype
+        )
+        covered = winners.counts.sum()
+        ctx.save_for_backward(hidden, item_embeddings, targets, bucket_items, covered, *winners)
+        ctx.dtype = dtype
+        return winners.losses.sum() / covered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from sce_pipeline.losses.kernels.buckets import Winners, gradients
+
+        hidden, item_embeddings, targets, bucket_items, covered, *winners = ctx.saved_tensors
+        both = gradients(
+            hidden,
+            item_embeddings,
+            targets,
+            bucket_items,
+            Winners(*winners),
+            grad,
+            covered,
+            ctx.dtype,
+        )
+        return *both, None, None, None, None
