@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sce_pipeline.losses import Histories
-from sce_pipeline.losses.negatives import draw_complement, draw_negatives
+from sce_pipeline.losses.negatives import draw_complement, draw_groups, draw_negatives
 
 WAYS = list(itertools.product(("token", "sequence", "batch"), ("history", "target")))
 
@@ -38,6 +38,26 @@ def test_what_is_excluded_is_rejected_or_never_drawn(batch, shared, exclude):
         assert negatives.rejected[token].tolist() == [item in excluded for item in items]
         if never_drawn and len(excluded) < n_items:
             assert not negatives.rejected[token].any()
+
+
+@pytest.mark.parametrize(
+    ("shared", "exclude"), [("sequence", "history"), ("sequence", "target"), ("batch", "target")]
+)
+def test_groups_are_the_same_draw(batch, shared, exclude):
+    options = {"n_items": len(batch.item_embeddings), "shared": shared, "exclude": exclude}
+    torch.manual_seed(0)
+    negatives = draw_negatives(*batch[2:], n_negatives=30, **options)
+    torch.manual_seed(0)
+    groups = draw_groups(*batch[2:], n_negatives=30, **options)
+    assert groups.offsets[0] == 0
+    assert groups.offsets[-1] == len(batch.targets)
+    for token, target in enumerate(batch.targets):
+        group = batch.group_of(token, shared)
+        assert groups.offsets[group] <= token < groups.offsets[group + 1]
+        assert groups.n_candidates[group] == negatives.n_candidates[token]
+        valid = (groups.items[group] >= 0) & (groups.items[group] != target)
+        assert valid.tolist() == (~negatives.rejected[token]).tolist()
+        assert torch.equal(groups.items[group][valid], negatives.items[group][valid])
 
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sce_pipeline.losses.base import Histories
+from sce_pipeline.losses.grouped import Groups
 
 Shared = Literal["token", "sequence", "batch"]
 Exclude = Literal["history", "target"]
@@ -53,30 +54,70 @@ def draw_negatives(
         shared: Who shares a draw.
         exclude: What is no negative: the items of the user's history or only the token's target.
     """
-    n_sequences = len(histories.offsets) - 1
-    n_groups = {"token": len(targets), "sequence": n_sequences, "batch": 1}[shared]
-    size = (n_groups, n_negatives)
-    device = targets.device
+    items = _draw_items(targets, sequence, histories, n_items, n_negatives, shared, exclude)
     if exclude == "history":
         n_candidates = (n_items - histories.offsets.diff())[sequence]
-        if shared == "batch":
-            items = torch.randint(n_items, size, device=device)
-            rejected = _in_histories(items[0], histories, n_items)[sequence]
-        else:
-            owners = sequence if shared == "token" else torch.arange(n_sequences, device=device)
-            items = draw_complement(owners, histories, n_items, n_negatives)
-            rejected = n_candidates[:, None] == 0
     else:
         n_candidates = torch.full_like(targets, n_items - 1)
-        if shared == "token":
-            items = torch.randint(max(n_items - 1, 1), size, device=device)
-            # Step over the target; in a catalogue of one item there is nowhere to step to.
-            items = (items + (items >= targets[:, None])).clamp_(max=n_items - 1)
-            rejected = n_candidates[:, None] == 0
-        else:
-            items = torch.randint(n_items, size, device=device)
-            rejected = (items[sequence] if shared == "sequence" else items) == targets[:, None]
+    if exclude == "history" and shared == "batch":
+        rejected = _in_histories(items[0], histories, n_items)[sequence]
+    elif exclude == "target" and shared != "token":
+        rejected = (items[sequence] if shared == "sequence" else items) == targets[:, None]
+    else:
+        rejected = n_candidates[:, None] == 0
     return Negatives(items, rejected.expand(len(targets), n_negatives), n_candidates)
+
+
+def draw_groups(
+    targets: Tensor,
+    sequence: Tensor,
+    histories: Histories,
+    *,
+    n_items: int,
+    n_negatives: int,
+    shared: Literal["sequence", "batch"],
+    exclude: Exclude,
+) -> Groups:
+    """Draw as ``draw_negatives``, and say nothing token by token: that would take memory.
+
+    A draw for the whole batch cannot exclude histories here. The arguments are those of
+    ``draw_negatives``.
+    """
+    items = _draw_items(targets, sequence, histories, n_items, n_negatives, shared, exclude)
+    device = targets.device
+    if shared == "batch":
+        offsets = torch.arange(0, len(targets) + 1, len(targets), device=device)
+    else:
+        offsets = torch.searchsorted(sequence, torch.arange(len(items) + 1, device=device))
+    if exclude == "history":
+        n_candidates = n_items - histories.offsets.diff()
+        items = items.masked_fill(n_candidates[:, None] == 0, -1)
+    else:
+        n_candidates = torch.full((len(items),), n_items - 1, device=device)
+    return Groups(items, offsets, n_candidates=n_candidates)
+
+
+def _draw_items(
+    targets: Tensor,
+    sequence: Tensor,
+    histories: Histories,
+    n_items: int,
+    n_negatives: int,
+    shared: Shared,
+    exclude: Exclude,
+) -> Tensor:
+    """Return the draws of each group, int64 [groups, n_negatives]."""
+    n_sequences, device = len(histories.offsets) - 1, targets.device
+    if exclude == "history" and shared != "batch":
+        owners = sequence if shared == "token" else torch.arange(n_sequences, device=device)
+        return draw_complement(owners, histories, n_items, n_negatives)
+    n_groups = {"token": len(targets), "sequence": n_sequences, "batch": 1}[shared]
+    size = (n_groups, n_negatives)
+    if exclude == "target" and shared == "token":
+        items = torch.randint(max(n_items - 1, 1), size, device=device)
+        # Step over the target; in a catalogue of one item there is nowhere to step to.
+        return (items + (items >= targets[:, None])).clamp_(max=n_items - 1)
+    return torch.randint(n_items, size, device=device)
 
 
 def draw_complement(owners: Tensor, histories: Histories, n_items: int, n_negatives: int) -> Tensor:

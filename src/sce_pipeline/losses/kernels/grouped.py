@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import INTERPRETED, LN_2, LOG2_E, dot
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot
+from sce_pipeline.losses.kernels.rows import cast, load_rows
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -207,14 +208,14 @@ def _forward(
         return
     token = first + tl.arange(0, BLOCK_T)
     is_token = token < end
-    state = _rows(hidden, token, is_token, D, BLOCK_D)
+    state = load_rows(hidden, token, is_token, 0, D, BLOCK_D)
     target = tl.load(targets + token, mask=is_token, other=0)
     is_item = (target >= 0) & (target < n_items)
-    embedding = _rows(table, target, is_token & is_item, D, BLOCK_D)
+    embedding = load_rows(table, target, is_token & is_item, 0, D, BLOCK_D)
     positive = tl.sum(state.to(tl.float32) * embedding.to(tl.float32), axis=1)
     positive = tl.where(is_item, positive, float("nan"))
 
-    query, identity = _cast(state, DTYPE), target.to(tl.int32)
+    query, identity = cast(state, DTYPE), target.to(tl.int32)
     total, n_valid = tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
     largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
     gradient = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -234,7 +235,7 @@ def _forward(
             largest, fade, factors = _softmax_step(largest, logits)
             total = total * fade + tl.sum(factors, axis=1)
             gradient *= fade[:, None]
-        gradient = dot(_cast(factors, DTYPE), key, gradient)
+        gradient = dot(cast(factors, DTYPE), key, gradient)
 
     if BINARY:
         mean = 1.0 / (1 + n_negatives)
@@ -255,7 +256,7 @@ def _forward(
         loss, share = _softplus(log_odds), _sigmoid(log_odds)
         factor = share / tl.where(total == 0, 1.0, total)
         tl.store(log_sums + token, positive + loss - correction, mask=is_token)
-    embedding = _rows(table, target, is_token & is_item, D, BLOCK_D)
+    embedding = load_rows(table, target, is_token & is_item, 0, D, BLOCK_D)
     gradient = gradient * factor[:, None] - share[:, None] * embedding.to(tl.float32)
     columns = tl.arange(0, BLOCK_D)[None, :]
     own = grad_hidden + token[:, None] * D + columns
@@ -302,7 +303,7 @@ def _backward(
     for first in range(begin, end, n_splits * BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
         is_token = token < end
-        query = _cast(_rows(hidden, token, is_token, D, BLOCK_D), DTYPE)
+        query = cast(load_rows(hidden, token, is_token, 0, D, BLOCK_D), DTYPE)
         target = tl.load(targets + token, mask=is_token, other=0).to(tl.int32)
         logits = dot(key, tl.trans(query), tl.zeros([BLOCK_K, BLOCK_T], tl.float32))
         collides = item[:, None] == target[None, :]
@@ -312,7 +313,7 @@ def _backward(
         else:
             log_sum = tl.load(log_sums + token, mask=is_token, other=float("inf"))
             factors = tl.exp2(logits * LOG2_E - (log_sum * LOG2_E - LOG2_SCALE)[None, :])
-        gradient = dot(_cast(factors, DTYPE), query, gradient)
+        gradient = dot(cast(factors, DTYPE), query, gradient)
     if BINARY:
         gradient *= 1.0 / (1 + n_negatives)
     _add_to_rows(grad_table, item.to(tl.int64), item >= 0, gradient * (factor / SCALE), D, BLOCK_D)
@@ -323,7 +324,7 @@ def _backward(
             target = tl.load(targets + token, mask=token < end, other=-1)
             is_item = (target >= 0) & (target < n_items)
             share = tl.load(shares + token, mask=is_item, other=0.0)
-            state = _rows(hidden, token, is_item, D, BLOCK_D).to(tl.float32)
+            state = load_rows(hidden, token, is_item, 0, D, BLOCK_D).to(tl.float32)
             state *= (-factor * share)[:, None]
             _add_to_rows(grad_table, target, is_item, state, D, BLOCK_D)
 
@@ -348,29 +349,11 @@ def _negatives(
     lane = start + tl.arange(0, BLOCK_K)
     position = group.to(tl.int64) * n_negatives + lane
     item = tl.load(items + position, mask=lane < n_negatives, other=-1)
-    key = _cast(_rows(table, item, item >= 0, D, BLOCK_D), DTYPE)
+    key = cast(load_rows(table, item, item >= 0, 0, D, BLOCK_D), DTYPE)
     weight = tl.where(item >= 0, 0.0, float("-inf"))
     if log_weights is not None:
         weight += tl.load(log_weights + position, mask=lane < n_negatives, other=0.0)
     return item.to(tl.int32), key, weight
-
-
-@triton.jit
-def _rows(matrix, row, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return rows of a matrix of ``D`` columns, 0 where there is none and beyond its columns."""
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    is_inside = is_row[:, None] & (columns < D)
-    return tl.load(matrix + row[:, None] * D + columns, mask=is_inside, other=0.0)
-
-
-@triton.jit
-def _cast(values, DTYPE: tl.constexpr):
-    """Return the values in ``DTYPE``, rounded also by the interpreter, which cuts to bfloat16."""
-    if INTERPRETED and values.dtype == tl.float32 and DTYPE == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(DTYPE)
 
 
 @triton.jit
