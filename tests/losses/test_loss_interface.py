@@ -28,6 +28,7 @@ PRESETS = [
         "bucket_size_x": 7,
         "bucket_size_y": 8,
         "mix_x": True,
+        "impl": "torch",
     },
 ]
 
