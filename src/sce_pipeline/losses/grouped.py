@@ -25,14 +25,14 @@ class Groups(NamedTuple):
             ``offsets[g]`` up to ``offsets[g + 1]``, or up to the last there is.
         log_weights: float32 [groups, n_negatives], added to the negatives' logits; -inf makes it
             no negative.
-        n_candidates: int64 [groups]; how many items the negatives of a token stand for. Where
-            given, V negatives have the weight n_candidates / V each.
+        log_masses: Floating [tokens]; the log of how many items a token's negatives stand for.
+            Where given, each of its V negatives is counted mass / V times.
     """
 
     items: Tensor
     offsets: Tensor
     log_weights: Tensor | None = None
-    n_candidates: Tensor | None = None
+    log_masses: Tensor | None = None
 
 
 def grouped_cross_entropy(
@@ -67,10 +67,10 @@ def grouped_binary_cross_entropy(
     """Return the mean over tokens of ``-(β·log σ(target) + Σ log σ(-negative)) / (1 + n)``.
 
     The arguments are those of ``grouped_cross_entropy``, with the exponent β of gBCE, 1 for BCE;
-    ``n_candidates`` has no meaning here.
+    ``log_masses`` have no meaning here.
     """
     dtype = compute_dtype(hidden, item_embeddings)
-    groups = groups._replace(n_candidates=None)
+    groups = groups._replace(log_masses=None)
     return _GroupedLoss.apply(hidden, item_embeddings, targets, groups, beta, dtype, triton)
 
 
@@ -130,25 +130,20 @@ def _forward(
     items: Tensor,
     offsets: Tensor,
     log_weights: Tensor | None,
-    n_candidates: Tensor | None,
+    log_masses: Tensor | None,
     *,
     beta: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what ``kernels.grouped.forward`` does."""
-    groups = Groups(items, offsets, log_weights, n_candidates)
+    groups = Groups(items, offsets, log_weights, log_masses)
     tiles = _Tiles.of(offsets, len(hidden))
     positive = target_logits(hidden, item_embeddings, targets)
-    of_tiles, grad_of_tiles, corrections = [], [], []
+    of_tiles, grad_of_tiles, valid_of_tiles = [], [], []
     for tile in tiles.chunks(items.shape[1], hidden.shape[1]):
         logits, _, keys = _logits(tile, hidden, item_embeddings, targets, groups, dtype)
         if beta is None:
-            correction = logits.new_zeros(logits.shape[:2])
-            if n_candidates is not None:
-                n_valid = (~logits.isneginf()).sum(2).clamp(min=1)
-                candidates = n_candidates[tile.owner, None].clamp(min=1)
-                correction = (candidates.to(logits.dtype) / n_valid).log()
-            corrections.append(correction)
+            valid_of_tiles.append((~logits.isneginf()).sum(2))
             total = logits.logsumexp(2)
             factors = (logits - total.nan_to_num(neginf=0)[:, :, None]).exp()
         else:
@@ -158,7 +153,10 @@ def _forward(
     total = torch.cat(of_tiles).flatten()[tiles.row]
     grad_hidden = torch.cat(grad_of_tiles).flatten(0, 1)[tiles.row]
     if beta is None:
-        correction = torch.cat(corrections).flatten()[tiles.row]
+        correction = torch.zeros_like(total)
+        if log_masses is not None:
+            n_valid = torch.cat(valid_of_tiles).flatten()[tiles.row]
+            correction = log_masses - n_valid.clamp(min=1).to(total.dtype).log()
         # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
         # nearly all of the sum.
         log_odds = total + correction - positive

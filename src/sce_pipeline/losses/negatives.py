@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,9 +93,10 @@ def draw_groups(
     if exclude == "history":
         n_candidates = n_items - histories.offsets.diff()
         items = items.masked_fill(n_candidates[:, None] == 0, -1)
-    else:
-        n_candidates = torch.full((len(items),), n_items - 1, device=device)
-    return Groups(items, offsets, n_candidates=n_candidates)
+        return Groups(items, offsets, log_masses=n_candidates.log()[sequence])
+    # In a catalogue of one item there are no candidates, and all draws are rejected.
+    log_mass = math.log(max(n_items - 1, 1))
+    return Groups(items, offsets, log_masses=torch.full(targets.shape, log_mass, device=device))
 
 
 def _draw_items(

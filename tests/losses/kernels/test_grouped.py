@@ -53,9 +53,9 @@ def batch_of(lengths=LENGTHS, *, n_items=40, n_negatives=35, d=20, kind="plain",
     items = torch.randint(max(1, n_items - 5), size, generator=generator)
     items[:, -1] = -1
     log_weights = torch.randn(size, generator=generator) if "weighted" in kind else None
-    n_candidates = torch.arange(len(lengths)) + n_items if kind == "corrected" else None
+    log_masses = 5 * torch.rand(n_tokens, generator=generator) if kind == "corrected" else None
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    groups = Groups(items, offsets, log_weights, n_candidates)
+    groups = Groups(items, offsets, log_weights, log_masses)
     return (
         hidden.to(DEVICE),
         table.to(DEVICE),
@@ -67,7 +67,7 @@ def batch_of(lengths=LENGTHS, *, n_items=40, n_negatives=35, d=20, kind="plain",
 def oracle(x, w, targets, groups, *, dtype, binary):
     """The loss token by token; embeddings of negatives are rounded to ``dtype``."""
     rounded = w + (w.to(dtype).double() - w).detach()
-    items, offsets, log_weights, n_candidates = groups
+    items, offsets, log_weights, log_masses = groups
     total = x.new_zeros(())
     for group, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         for token in range(begin, min(end, len(x))):
@@ -76,8 +76,8 @@ def oracle(x, w, targets, groups, *, dtype, binary):
             negative = rounded[items[group][valid]] @ x[token]
             if log_weights is not None:
                 negative = negative + log_weights[group][valid].double()
-            if n_candidates is not None and valid.any():
-                negative = negative + (n_candidates[group].double() / valid.sum()).log()
+            if log_masses is not None and valid.any():
+                negative = negative + log_masses[token].double() - valid.sum().log()
             if binary:
                 terms = BETA * functional.softplus(-positive) + functional.softplus(negative).sum()
                 total = total + terms / (1 + items.shape[1])
@@ -194,8 +194,8 @@ def test_rejected_negatives_get_no_gradient(triton):
     groups.items[0] = 2
     groups.items[1] = -1
     x, w = hidden.requires_grad_(), table.requires_grad_()
-    candidates = torch.tensor([5, 0], device=DEVICE)
-    for given in (groups, groups._replace(n_candidates=candidates)):
+    log_masses = torch.tensor([1.0, 0, -torch.inf, 1, -torch.inf], device=DEVICE)
+    for given in (groups, groups._replace(log_masses=log_masses)):
         loss = grouped_cross_entropy(1e3 * x, w, targets, given, triton=triton)
         loss.backward()
         assert loss.item() == 0

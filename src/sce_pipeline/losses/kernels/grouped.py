@@ -71,7 +71,7 @@ def forward(
     items: Tensor,
     offsets: Tensor,
     log_weights: Tensor | None,
-    n_candidates: Tensor | None,
+    log_masses: Tensor | None,
     *,
     beta: float | None,
     dtype: torch.dtype,
@@ -100,7 +100,7 @@ def forward(
         items,
         offsets,
         log_weights,
-        n_candidates,
+        log_masses,
         losses,
         grad_hidden,
         shares,
@@ -185,7 +185,7 @@ def _forward(
     items,
     offsets,
     log_weights,
-    n_candidates,
+    log_masses,
     losses,
     grad_hidden,
     shares,
@@ -230,7 +230,7 @@ def _forward(
             total += tl.sum(_softplus(logits), axis=1)
             factors = _sigmoid(logits) * SCALE
         else:
-            if n_candidates is not None:
+            if log_masses is not None:
                 n_valid += tl.sum(tl.where(logits == float("-inf"), 0.0, 1.0), axis=1)
             largest, fade, factors = _softmax_step(largest, logits)
             total = total * fade + tl.sum(factors, axis=1)
@@ -247,9 +247,9 @@ def _forward(
         )
     else:
         correction = tl.zeros([BLOCK_T], tl.float32)
-        if n_candidates is not None:
-            candidates = tl.maximum(tl.load(n_candidates + group), 1).to(tl.float32)
-            correction += tl.log(candidates / tl.maximum(n_valid, 1.0))
+        if log_masses is not None:
+            log_mass = tl.load(log_masses + token, mask=is_token, other=0.0).to(tl.float32)
+            correction += log_mass - tl.log(tl.maximum(n_valid, 1.0))
         # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
         # nearly all of the sum.
         log_odds = largest + (tl.log2(total) - LOG2_SCALE) * LN_2 + correction - positive
