@@ -77,6 +77,20 @@ def test_the_papers_amazon_beauty_experiment_has_its_parameters():
     assert config["parameters"]["data_processing"]["max_length"] == 200
 
 
+def test_the_rece_papers_amazon_beauty_experiment_has_its_parameters():
+    training = parse(load(env="experiments/amazon_beauty_rece"))
+    assert training.loss.model_dump() == {
+        "name": "rece",
+        "n_buckets": 907,
+        "n_extra_chunks": 8,
+        "n_rounds": 64,
+        "duplicate_correction": True,
+        "impl": "auto",
+    }
+    assert (training.batch_size, training.patience, training.max_epochs) == (4096, 10, 300)
+    assert (training.model.dropout, training.model.hidden_size) == (0.5, 256)
+
+
 def test_the_command_line_wins_over_an_experiment_over_a_preset_over_the_defaults():
     assert parse(load(dataset="unknown")).batch_size == 128
     assert parse(load(dataset="amazon_beauty")).batch_size == 1024

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -19,6 +20,9 @@ from pydantic import (
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 """A number strictly between 0 and 1."""
+
+Implementation = Literal["auto", "torch", "triton"]
+"""Who computes a loss; see ``losses.implementation``."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What every random generator takes as a seed."""
@@ -192,8 +196,28 @@ class SCEParameters(Parameters):
     impl: Literal["auto", "torch", "triton"]
 
 
+class RECEParameters(Parameters):
+    """RECE (Gusak et al., 2024, arXiv 2408.02354).
+
+    ``n_buckets: auto`` follows the paper: 2·√((1 + 2·n_extra_chunks)·min(items, tokens in the
+    batch)).
+    """
+
+    name: Literal["rece"]
+    n_buckets: PositiveInt | Literal["auto"]
+    n_extra_chunks: NonNegativeInt
+    n_rounds: PositiveInt
+    duplicate_correction: bool
+    impl: Implementation
+
+
 LossParameters = Annotated[
-    CEParameters | CEMinusParameters | BCEParameters | GBCEParameters | SCEParameters,
+    CEParameters
+    | CEMinusParameters
+    | BCEParameters
+    | GBCEParameters
+    | SCEParameters
+    | RECEParameters,
     Field(discriminator="name"),
 ]
 

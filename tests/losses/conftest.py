@@ -29,6 +29,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "sce",
         {"n_buckets": "auto", "bucket_size_x": "auto", "bucket_size_y": 3, "mix_x": True},
     ),
+    "rece": (
+        "rece",
+        {"n_buckets": 5, "n_extra_chunks": 1, "n_rounds": 3, "duplicate_correction": True},
+    ),
+    "rece-auto-repeated": (
+        "rece",
+        {"n_buckets": "auto", "n_extra_chunks": 0, "n_rounds": 2, "duplicate_correction": False},
+    ),
 }
 """Every loss, with every way to draw its negatives."""
 

@@ -30,6 +30,14 @@ PRESETS = [
         "mix_x": True,
         "impl": "torch",
     },
+    {
+        "name": "rece",
+        "n_buckets": 6,
+        "n_extra_chunks": 2,
+        "n_rounds": 3,
+        "duplicate_correction": False,
+        "impl": "torch",
+    },
 ]
 
 

@@ -31,6 +31,14 @@ PARAMETERS_OF_LOSSES = [
     {"name": "bce", **SAMPLED, "shared": "token"},
     {"name": "gbce", **SAMPLED, "shared": "token", "t": 0.75},
     {"name": "sce", **SCE_OPTIONS},
+    {
+        "name": "rece",
+        "n_buckets": "auto",
+        "n_extra_chunks": 1,
+        "n_rounds": 4,
+        "duplicate_correction": True,
+        "impl": "auto",
+    },
 ]
 
 

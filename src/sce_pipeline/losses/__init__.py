@@ -13,6 +13,7 @@ from sce_pipeline.losses.base import Histories, Loss
 from sce_pipeline.losses.bce import BCE, GBCE
 from sce_pipeline.losses.ce import CE
 from sce_pipeline.losses.ce_minus import CEMinus
+from sce_pipeline.losses.rece import RECE
 from sce_pipeline.losses.sce import SCE
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "bce": BCE,
     "gbce": GBCE,
     "sce": SCE,
+    "rece": RECE,
 }
 """Each loss by the ``name`` of its parameters; their other fields are its arguments."""
 
