@@ -90,20 +90,21 @@ class _GroupedLoss(torch.autograd.Function):
     ) -> Tensor:
         run, ctx.run_backward = _implementation(triton)
         ctx.options = {"beta": beta, "dtype": dtype}
+        ctx.n_terms = 1 if beta is None else 1 + groups.items.shape[1]
         arguments = [
             each if each is None else each.contiguous()
             for each in (hidden, item_embeddings, targets, *groups)
         ]
         losses, *results = run(*arguments, **ctx.options)
         ctx.save_for_backward(*arguments[:-1], *results)
-        return losses.mean()
+        return losses.mean() / ctx.n_terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *arguments, grad_hidden, shares, log_sums = ctx.saved_tensors
         hidden, item_embeddings = arguments[:2]
-        scale = grad / len(hidden)
+        scale = grad / (len(hidden) * ctx.n_terms)
         grad_table = None
         if ctx.needs_input_grad[1]:
             grad_table = ctx.run_backward(scale, *arguments, shares, log_sums, **ctx.options)
@@ -164,11 +165,9 @@ def _forward(
         log_sums = positive + losses - correction
         grad_hidden *= shares[:, None]
     else:
-        n_terms = 1 + items.shape[1]
-        losses = (beta * functional.softplus(-positive) + total) / n_terms
-        shares = beta * (-positive).sigmoid() / n_terms
-        log_sums = shares
-        grad_hidden /= n_terms
+        losses = beta * functional.softplus(-positive) + total
+        shares = beta * (-positive).sigmoid()
+        log_sums = torch.empty_like(losses)
     grad_hidden -= shares[:, None] * functional.embedding(targets, item_embeddings)
     return losses, grad_hidden, shares, log_sums
 
@@ -196,7 +195,7 @@ def _backward(
         if beta is None:
             factors = (logits - log_sums[tile.token][:, :, None]).exp()
         else:
-            factors = logits.sigmoid() / (1 + items.shape[1])
+            factors = logits.sigmoid()
         factors = factors.masked_fill(~tile.is_token[:, :, None], 0)
         grad_keys = _matmul(factors.mT, queries)
         rows = items[tile.owner].clamp(min=0).flatten()

@@ -238,13 +238,8 @@ def _forward(
         gradient = dot(cast(factors, DTYPE), key, gradient)
 
     if BINARY:
-        mean = 1.0 / (1 + n_negatives)
         loss, share = beta * _softplus(-positive) + total, beta * _sigmoid(-positive)
-        loss, share, factor = (
-            loss * mean,
-            share * mean,
-            tl.full([BLOCK_T], mean / SCALE, tl.float32),
-        )
+        factor = tl.full([BLOCK_T], 1.0 / SCALE, tl.float32)
     else:
         correction = tl.zeros([BLOCK_T], tl.float32)
         if log_masses is not None:
@@ -314,8 +309,6 @@ def _backward(
             log_sum = tl.load(log_sums + token, mask=is_token, other=float("inf"))
             factors = tl.exp2(logits * LOG2_E - (log_sum * LOG2_E - LOG2_SCALE)[None, :])
         gradient = dot(cast(factors, DTYPE), query, gradient)
-    if BINARY:
-        gradient *= 1.0 / (1 + n_negatives)
     _add_to_rows(grad_table, item.to(tl.int64), item >= 0, gradient * (factor / SCALE), D, BLOCK_D)
 
     if chunk == 0:
