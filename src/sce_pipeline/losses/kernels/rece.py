@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 
 HALF_TILES = {
-    64: Tile(64, 32, 4, 168),
+    64: Tile(64, 32, 8, 128),
     128: Tile(64, 32, 4),
     256: Tile(64, 32, 8),
     512: Tile(32, 32, 8),
