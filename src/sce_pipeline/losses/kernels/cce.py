@@ -1,0 +1,368 @@
+"""Launches the two passes of exact cross-entropy: over the items, and over the tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sce_pipeline.losses.kernels.cce_passes import (
+    hidden_kernel,
+    join_hidden_kernel,
+    join_table_kernel,
+    row_norms_kernel,
+    scale_kernel,
+    table_kernel,
+)
+
+MOST_SHARES = 16
+"""Into which a block is split; their sums are joined one after the other."""
+
+LARGEST_BOX = 256
+"""Elements along a side of what the copy engine fetches at once."""
+
+
+class Terms(NamedTuple):
+    """What enters the logits and the loss beside the inner products.
+
+    Attributes:
+        scale: Factor τ of the inner products.
+        smoothing: Label smoothing ε.
+        z_loss: Factor λ of lse².
+        skip_mass: Softmax mass a token may lose to skipped tiles.
+        bias: Addend β of each item's logit, float32 [n_items], or ``None`` for 0.
+        token_scale: Factor u of each token, float32 [tokens], or ``None`` for 1.
+        item_scale: Factor v of each item, float32 [n_items]; given where ``token_scale`` is.
+        mean_item: Mean of v_c·w_c, float32 [d]; given where ε > 0.
+        sum_token: Sum of u_i·x_i, float32 [d]; given where ε > 0.
+    """
+
+    scale: float
+    smoothing: float
+    z_loss: float
+    skip_mass: float
+    bias: Tensor | None
+    token_scale: Tensor | None
+    item_scale: Tensor | None
+    mean_item: Tensor | None
+    sum_token: Tensor | None
+
+
+class Tiles(NamedTuple):
+    """Sizes of a launch: rows of its own, rows they meet at a time, warps, stages, registers."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def tiles(dtype: torch.dtype, d: int, *, table_pass: bool) -> Tiles:
+    """Return the sizes that ran fastest on an H100."""
+    size = block_size(d)
+    if dtype == torch.float32:
+        if size <= 64:
+            return Tiles(64, 32, 4, 3)
+        return Tiles(64, 32, 8, 1) if size <= 256 else Tiles(32, 16, 8, 1)
+    if size <= 64 and dtype == torch.bfloat16:
+        return Tiles(64, 128, 4, 3, 168)
+    if size <= 128:
+        return Tiles(64, 64, 4, 3)
+    if size == 256:
+        return Tiles(64, 64, 4, 2 if table_pass else 3)
+    return Tiles(64, 32, 8, 2)
+
+
+def block_size(d: int) -> int:
+    """Return the power of two, at least 16, that holds a row."""
+    return max(16, triton.next_power_of_2(d))
+
+
+class Schedule(NamedTuple):
+    """Which programs take a block whole and which a share of one.
+
+    Whole blocks go in multiples of the multiprocessors; each of the others is split into shares
+    that together keep all of them busy, and whose sums are joined afterwards, in a fixed order.
+    """
+
+    n_blocks: int
+    n_whole: int
+    n_shares: int
+    tiles_per_share: int
+
+    @property
+    def n_split(self) -> int:
+        """Blocks that are split."""
+        return self.n_blocks - self.n_whole
+
+    @property
+    def n_programs(self) -> int:
+        """Programs to launch."""
+        return self.n_whole + self.n_split * self.n_shares
+
+
+def schedule(n_own: int, n_other: int, sizes: Tiles, device: torch.device) -> Schedule:
+    """Share out ``n_own`` rows, each of which meets ``n_other``."""
+    n_blocks, n_tiles = triton.cdiv(n_own, sizes.own), triton.cdiv(n_other, sizes.other)
+    processors = _processors(device)
+    n_whole = n_blocks // processors * processors
+    n_shares = 1
+    if n_blocks > n_whole:
+        n_shares = min(processors // (n_blocks - n_whole), n_tiles, MOST_SHARES)
+    if n_shares == 1:
+        n_whole = n_blocks
+    tiles_per_share = triton.cdiv(n_tiles, n_shares)
+    return Schedule(n_blocks, n_whole, triton.cdiv(n_tiles, tiles_per_share), tiles_per_share)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row, float32 [n]."""
+    n, d = rows.shape
+    norms = torch.empty(n, dtype=torch.float32, device=rows.device)
+    block = max(1, 8192 // block_size(d))
+    row_norms_kernel[(triton.cdiv(n, block),)](
+        rows, norms, n, D=d, BLOCK=block, BLOCK_D=block_size(d)
+    )
+    return norms
+
+
+def scaled(values: Tensor, factor: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+    """Return ``values`` times ``factor``, one element, over ``divisor``, computed in float32.
+
+    PyTorch would round the factor to the dtype of half-precision values, which is as bad as it can
+    be: all of them would be off by the same share.
+    """
+    out = torch.empty_like(values, dtype=dtype)
+    n, block = values.numel(), 4096
+    scale_kernel[(triton.cdiv(n, block),)](values, factor, float(divisor), out, n, BLOCK=block)
+    return out
+
+
+class Sums(NamedTuple):
+    """What the pass over the items leaves for the backward.
+
+    Attributes:
+        lse: Logsumexp of each token's logits in base 2, float32, padded with infinity.
+        target_weights: Derivative of each loss by its target's logit, float32 [tokens].
+        grad: Derivative of each loss by its hidden state, [tokens, d], or ``None``.
+    """
+
+    lse: Tensor
+    target_weights: Tensor
+    grad: Tensor | None
+
+
+def hidden_pass(
+    x: Tensor, w: Tensor, targets: Tensor, terms: Terms, *, grad: bool
+) -> tuple[Tensor, Sums]:
+    """Pass over all items for the tokens' losses, float32 [tokens], and their gradients.
+
+    Args:
+        x: Hidden states, contiguous [tokens, d], at least one.
+        w: Item embeddings, contiguous [n_items, d], of the same dtype, at least one.
+        targets: int64 [tokens]; out of range, the loss is NaN.
+        terms: The rest of the logits and the loss.
+        grad: Whether to compute the gradient of the hidden states.
+    """
+    (n_tokens, d), n_items = x.shape, len(w)
+    sizes = tiles(x.dtype, d, table_pass=False)
+    plan = schedule(n_tokens, n_items, sizes, x.device)
+    empty = torch.empty(0, dtype=torch.float32, device=x.device)
+    new = empty.new_empty
+    # The table pass reads whole tiles: a token that is none has no softmax anywhere.
+    other = tiles(x.dtype, d, table_pass=True).other
+    lse = empty.new_full((triton.cdiv(n_tokens, other) * other,), torch.inf)
+    losses = new(n_tokens)
+    sums = Sums(lse, new(n_tokens), torch.empty_like(x) if grad else None)
+    n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
+    parts = new(n_parts, sizes.own, block_size(d) if grad else 0)
+    part_sums, part_maxima = new(n_parts, sizes.own), new(n_parts, sizes.own)
+    fast = x.dtype == torch.bfloat16
+    bounds = _logit_bounds(w, terms) if fast else empty
+    has_descriptor = _has_descriptor(w, sizes)
+    options = dict(
+        D=d,
+        BLOCK=sizes.own,
+        BLOCK_D=block_size(d),
+        GRAD=grad,
+        FAST=fast,
+        P_SCALE=_p_scale(x.dtype, terms),
+        **_flags(terms),
+    )
+    arguments = (
+        x,
+        w,
+        targets,
+        *(empty if part is None else part for part in (terms.bias, terms.token_scale)),
+        *(empty if part is None else part for part in (terms.item_scale, terms.mean_item)),
+        bounds,
+        _mean_bias(terms, empty),
+        losses,
+        sums.lse,
+        sums.target_weights,
+        x if sums.grad is None else sums.grad,
+        parts,
+        part_sums,
+        part_maxima,
+        n_tokens,
+        n_items,
+        plan.n_whole,
+        plan.n_shares,
+        terms.scale,
+        terms.smoothing,
+        terms.z_loss,
+    )
+    hidden_kernel[(plan.n_programs,)](
+        TensorDescriptor.from_tensor(w, [sizes.other, block_size(d)]) if has_descriptor else w,
+        plan.tiles_per_share,
+        terms.skip_mass / triton.cdiv(n_items, sizes.other),
+        *arguments,
+        TILE=sizes.other,
+        DESCRIPTOR=has_descriptor,
+        SKIP=terms.skip_mass > 0,
+        **options,
+        **_launch(sizes),
+    )
+    if n_parts:
+        join_hidden_kernel[(plan.n_split,)](*arguments, **options)
+    return losses, sums
+
+
+def table_pass(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    terms: Terms,
+    sums: Sums,
+    upstream: Tensor,
+    dtype: torch.dtype,
+    *,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Pass over all tokens for the gradients of the table, [n_items, d], and of the bias.
+
+    They are those of ``upstream`` times the mean loss.
+
+    Args:
+        x: As in ``hidden_pass``, and likewise ``w``, ``targets`` and ``terms``.
+        w: Item embeddings.
+        targets: int64 [tokens].
+        terms: The rest of the logits and the loss.
+        sums: What ``hidden_pass`` left.
+        upstream: Derivative of what is minimised by the mean loss, float32, one element.
+        dtype: Of the table's gradient.
+        grad_bias: Whether to compute the gradient of the bias too.
+    """
+    (n_tokens, d), n_items = x.shape, len(w)
+    sizes = tiles(x.dtype, d, table_pass=True)
+    plan = schedule(n_items, n_tokens, sizes, x.device)
+    sorted_targets, order = targets.to(torch.int32).sort(stable=True)
+    end = (plan.n_blocks + 1) * sizes.own
+    edges = torch.arange(0, end, sizes.own, dtype=torch.int32, device=x.device)
+    first = torch.searchsorted(sorted_targets, edges, out_int32=True)
+    del sorted_targets, edges
+    empty = torch.empty(0, dtype=torch.float32, device=x.device)
+    new = empty.new_empty
+    n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
+    parts, bias_parts = new(n_parts, sizes.own, block_size(d)), new(n_parts, sizes.own)
+    grad = torch.empty_like(w, dtype=dtype)
+    of_bias = new(n_items) if grad_bias else None
+    has_descriptor = _has_descriptor(x, sizes)
+    options = dict(
+        D=d,
+        BLOCK=sizes.own,
+        BLOCK_D=block_size(d),
+        EXACT=x.dtype == torch.float32,
+        P_SCALE=_p_scale(x.dtype, terms),
+        GRAD_BIAS=grad_bias,
+        **_flags(terms),
+    )
+    arguments = (
+        x,
+        w,
+        targets,
+        *(empty if part is None else part for part in (terms.bias, terms.token_scale)),
+        *(empty if part is None else part for part in (terms.item_scale, terms.sum_token)),
+        sums.lse,
+        sums.target_weights,
+        order,
+        first,
+        upstream,
+        grad,
+        empty if of_bias is None else of_bias,
+        parts,
+        bias_parts,
+        n_tokens,
+        n_items,
+        plan.n_whole,
+        plan.n_shares,
+        terms.scale,
+        terms.smoothing,
+        terms.z_loss,
+    )
+    table_kernel[(plan.n_programs,)](
+        TensorDescriptor.from_tensor(x, [sizes.other, block_size(d)]) if has_descriptor else x,
+        plan.tiles_per_share,
+        terms.skip_mass / plan.n_blocks,
+        *arguments,
+        TILE=sizes.other,
+        DESCRIPTOR=has_descriptor,
+        SKIP=terms.skip_mass > 0,
+        **options,
+        **_launch(sizes),
+    )
+    if n_parts:
+        join_table_kernel[(plan.n_split,)](*arguments, **options)
+    return grad, of_bias
+
+
+def _flags(terms: Terms) -> dict[str, bool]:
+    return {
+        "HAS_BIAS": terms.bias is not None,
+        "NORMALIZED": terms.item_scale is not None,
+        "SMOOTHED": terms.smoothing > 0,
+        "Z_LOSS": terms.z_loss > 0,
+    }
+
+
+def _launch(sizes: Tiles) -> dict[str, int]:
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
+    return options if sizes.registers is None else {**options, "maxnreg": sizes.registers}
+
+
+def _p_scale(dtype: torch.dtype, terms: Terms) -> float:
+    """Return what lifts small probabilities into the range of the dtype they are rounded to."""
+    if dtype != torch.float16:
+        return 1.0
+    # Normalised, probabilities are divided by norms, which may be small: room is left for that.
+    return 2.0**14 if terms.item_scale is None else 2.0**7
+
+
+def _has_descriptor(rows: Tensor, sizes: Tiles) -> bool:
+    """Return whether the copy engine can fetch tiles of ``rows``."""
+    return (
+        rows.shape[1] * rows.element_size() % 16 == 0
+        and rows.data_ptr() % 16 == 0
+        and block_size(rows.shape[1]) <= LARGEST_BOX
+        and rows.element_size() == 2
+    )
+
+
+def _logit_bounds(w: Tensor, terms: Terms) -> Tensor:
+    """Return the largest norm of an item, 1 if normalised, and the extremes of the bias, if any."""
+    norm = row_norms(w).max() if terms.item_scale is None else w.new_ones((), dtype=torch.float32)
+    return norm if terms.bias is None else torch.stack([norm, *terms.bias.aminmax()])
+
+
+def _mean_bias(terms: Terms, empty: Tensor) -> Tensor:
+    return empty if terms.bias is None or not terms.smoothing else terms.bias.mean()[None]
