@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -153,12 +154,35 @@ class CEParameters(Parameters):
     name: Literal["ce"]
 
 
+class CCEParameters(Parameters):
+    """CCE: exact cross-entropy without a matrix of logits; see ``losses.cce``."""
+
+    name: Literal["cce"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    z_loss: NonNegativeFloat
+    logit_scale: PositiveFloat
+    skip_mass: Annotated[float, Field(ge=0, lt=1)]
+    impl: Implementation
+
+
+class CCEMinusParameters(Parameters):
+    """CCE⁻: CE⁻ whose negatives need no memory; see ``losses.cce_minus``."""
+
+    name: Literal["cce_minus"]
+    n_negatives: PositiveInt
+    shared: Literal["token", "tile"]
+    sampling: Literal["uniform", "popularity"]
+    log_correction: bool
+    impl: Implementation
+
+
 class _SampledParameters(Parameters):
     """Negatives drawn uniformly from the catalogue; see ``losses.negatives``."""
 
     n_negatives: PositiveInt
     shared: Literal["token", "sequence", "batch"]
     exclude: Literal["history", "target"]
+    impl: Implementation
 
 
 class CEMinusParameters(_SampledParameters):
@@ -213,7 +237,9 @@ class RECEParameters(Parameters):
 
 LossParameters = Annotated[
     CEParameters
+    | CCEParameters
     | CEMinusParameters
+    | CCEMinusParameters
     | BCEParameters
     | GBCEParameters
     | SCEParameters

@@ -14,6 +14,16 @@ from sce_pipeline.losses import LOSSES, Histories, Loss
 SAMPLED = {"n_negatives": 5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ce": ("ce", {}),
+    "cce": (
+        "cce",
+        {
+            "label_smoothing": 0.1,
+            "z_loss": 0.01,
+            "logit_scale": 2.0,
+            "skip_mass": 0.0,
+            "impl": "auto",
+        },
+    ),
     **{
         f"ce_minus-{shared}-{exclude}": (
             "ce_minus",
@@ -22,6 +32,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for shared in ("token", "sequence", "batch")
         for exclude in ("history", "target")
     },
+    "cce_minus": (
+        "cce_minus",
+        {**SAMPLED, "shared": "token", "sampling": "uniform", "log_correction": True},
+    ),
     "bce": ("bce", {**SAMPLED, "shared": "token", "exclude": "history"}),
     "gbce": ("gbce", {**SAMPLED, "shared": "token", "exclude": "target", "t": 0.75}),
     "sce": ("sce", {"n_buckets": 3, "bucket_size_x": 4, "bucket_size_y": 3, "mix_x": False}),

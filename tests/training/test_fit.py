@@ -17,7 +17,14 @@ from sce_pipeline.training.fit import fit
 from sce_pipeline.training.module import NextItemModule
 
 N_ITEMS, MAX_LENGTH = 40, 8
-SAMPLED = {"n_negatives": 16, "exclude": "history"}
+SAMPLED = {"n_negatives": 16, "exclude": "history", "impl": "auto"}
+CCE_OPTIONS = {
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "logit_scale": 1.0,
+    "skip_mass": 0.0,
+    "impl": "auto",
+}
 SCE_OPTIONS = {
     "n_buckets": "auto",
     "bucket_size_x": "auto",
@@ -27,7 +34,19 @@ SCE_OPTIONS = {
 }
 PARAMETERS_OF_LOSSES = [
     {"name": "ce"},
+    {"name": "cce", **CCE_OPTIONS},
     {"name": "ce_minus", **SAMPLED, "shared": "sequence", "log_correction": True},
+    *(
+        {
+            "name": "cce_minus",
+            "n_negatives": 16,
+            "shared": "token",
+            "sampling": sampling,
+            "log_correction": True,
+            "impl": "auto",
+        }
+        for sampling in ("uniform", "popularity")
+    ),
     {"name": "bce", **SAMPLED, "shared": "token"},
     {"name": "gbce", **SAMPLED, "shared": "token", "t": 0.75},
     {"name": "sce", **SCE_OPTIONS},

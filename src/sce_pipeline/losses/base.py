@@ -37,9 +37,11 @@ class Loss(nn.Module, ABC):
 
     Attributes:
         needs_histories: Whether the loss reads ``histories``; where it does not, pass ``None``.
+        needs_item_counts: Whether ``use_item_counts`` must be called before ``forward``.
     """
 
     needs_histories = False
+    needs_item_counts = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,6 +90,14 @@ class Loss(nn.Module, ABC):
             if self.needs_histories:
                 _check_sequences(sequence, len(histories.offsets) - 1)
         return self._mean_loss(hidden, item_embeddings, targets, sequence, histories)
+
+    def use_item_counts(self, counts: Tensor) -> None:
+        """Take how often each item occurs in training, where ``needs_item_counts``.
+
+        Args:
+            counts: int64 [n_items], on the CPU.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no use for item counts")
 
     @abstractmethod
     def _mean_loss(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from sce_pipeline.losses.implementation import Implementation
 from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
+from sce_pipeline.losses.per_token import per_token_binary_cross_entropy
 from sce_pipeline.losses.sampled import SampledLoss
+from sce_pipeline.losses.sampling import Draw
 
 
 class BCE(SampledLoss):
@@ -15,13 +18,25 @@ class BCE(SampledLoss):
     The mean is over ``1 + n_negatives`` terms, of which a rejected negative gives 0.
     """
 
+    def beta(self, n_items: int) -> float:
+        """Return the exponent of the target's σ(x) for a catalogue of ``n_items``."""
+        return 1.0
+
     def _mean_of_logits(
         self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
     ) -> Tensor:
-        return binary_cross_entropy(positive, negative, beta=1.0)
+        return binary_cross_entropy(positive, negative, beta=self.beta(n_items))
+
+    def _mean_in_triton(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw
+    ) -> Tensor:
+        beta = self.beta(len(item_embeddings))
+        return per_token_binary_cross_entropy(
+            hidden, item_embeddings, targets, drawn, beta=beta, triton=True
+        )
 
 
-class GBCE(SampledLoss):
+class GBCE(BCE):
     """gBCE (Petrov & Macdonald, 2023, arXiv 2308.07192): BCE with the target's σ(x) to the power β.
 
     β = α·(t·(1 - 1/α) + 1/α) with the sampling rate α = n_negatives / (n_items - 1): BCE at t = 0,
@@ -33,16 +48,20 @@ class GBCE(SampledLoss):
         shared: Who shares a draw of negatives; see ``SampledLoss``.
         exclude: What is no negative; see ``SampledLoss``.
         t: Calibration, between 0 and 1.
+        impl: Which implementation computes; see ``SampledLoss``.
     """
 
-    def __init__(self, *, n_negatives: int, shared: Shared, exclude: Exclude, t: float) -> None:
-        super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude)
+    def __init__(
+        self,
+        *,
+        n_negatives: int,
+        shared: Shared,
+        exclude: Exclude,
+        t: float,
+        impl: Implementation = "auto",
+    ) -> None:
+        super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude, impl=impl)
         self.t = t
-
-    def _mean_of_logits(
-        self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
-    ) -> Tensor:
-        return binary_cross_entropy(positive, negative, beta=self.beta(n_items))
 
     def beta(self, n_items: int) -> float:
         """Return the exponent β for a catalogue of ``n_items``."""

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sce_pipeline.losses.implementation import Implementation
 from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
+from sce_pipeline.losses.per_token import per_token_cross_entropy
 from sce_pipeline.losses.sampled import SampledLoss
+from sce_pipeline.losses.sampling import Draw
 
 
 class CEMinus(SampledLoss):
@@ -25,13 +28,32 @@ class CEMinus(SampledLoss):
         shared: Who shares a draw of negatives; see ``SampledLoss``.
         exclude: What is no negative; see ``SampledLoss``.
         log_correction: Whether negatives stand for all candidates, or only for themselves.
+        impl: Which implementation computes; see ``SampledLoss``.
     """
 
     def __init__(
-        self, *, n_negatives: int, shared: Shared, exclude: Exclude, log_correction: bool
+        self,
+        *,
+        n_negatives: int,
+        shared: Shared,
+        exclude: Exclude,
+        log_correction: bool,
+        impl: Implementation = "auto",
     ) -> None:
-        super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude)
+        super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude, impl=impl)
         self.log_correction = log_correction
+
+    def _mean_in_triton(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw
+    ) -> Tensor:
+        return per_token_cross_entropy(
+            hidden,
+            item_embeddings,
+            targets,
+            drawn,
+            log_correction=self.log_correction,
+            triton=True,
+        )
 
     def _mean_of_logits(
         self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sce_pipeline.losses.base import Histories
 from sce_pipeline.losses.grouped import Groups
+from sce_pipeline.losses.sampling import draw
 
 Shared = Literal["token", "sequence", "batch"]
 Exclude = Literal["history", "target"]
@@ -43,8 +44,9 @@ def draw_negatives(
     """Draw ``n_negatives`` items per token, per sequence or for the whole batch.
 
     The valid draws of a token are independent and uniform over its candidates, the items that are
-    not excluded. Where all who share a draw exclude the same items, these are never drawn.
+    not excluded. Where all who share a draw exclude the same history, its items are never drawn.
     Elsewhere the draw is from the whole catalogue, and what a token excludes is rejected for it.
+    Draws per token that exclude the target are those of ``sampling.draw``.
 
     Args:
         targets: int64 [tokens].
@@ -62,7 +64,7 @@ def draw_negatives(
         n_candidates = torch.full_like(targets, n_items - 1)
     if exclude == "history" and shared == "batch":
         rejected = _in_histories(items[0], histories, n_items)[sequence]
-    elif exclude == "target" and shared != "token":
+    elif exclude == "target":
         rejected = (items[sequence] if shared == "sequence" else items) == targets[:, None]
     else:
         rejected = n_candidates[:, None] == 0
@@ -113,13 +115,11 @@ def _draw_items(
     if exclude == "history" and shared != "batch":
         owners = sequence if shared == "token" else torch.arange(n_sequences, device=device)
         return draw_complement(owners, histories, n_items, n_negatives)
-    n_groups = {"token": len(targets), "sequence": n_sequences, "batch": 1}[shared]
-    size = (n_groups, n_negatives)
     if exclude == "target" and shared == "token":
-        items = torch.randint(max(n_items - 1, 1), size, device=device)
-        # Step over the target; in a catalogue of one item there is nowhere to step to.
-        return (items + (items >= targets[:, None])).clamp_(max=n_items - 1)
-    return torch.randint(n_items, size, device=device)
+        drawn = draw(len(targets), n_items, n_negatives, device, with_coins=False)
+        return drawn.items(0, len(targets))
+    n_groups = {"token": len(targets), "sequence": n_sequences, "batch": 1}[shared]
+    return torch.randint(n_items, (n_groups, n_negatives), device=device)
 
 
 def draw_complement(owners: Tensor, histories: Histories, n_items: int, n_negatives: int) -> Tensor:

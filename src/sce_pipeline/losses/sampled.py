@@ -19,7 +19,9 @@ from sce_pipeline.losses.base import (
     chunks,
     target_logits,
 )
+from sce_pipeline.losses.implementation import Implementation, takes_triton
 from sce_pipeline.losses.negatives import Exclude, Negatives, Shared, draw_negatives
+from sce_pipeline.losses.sampling import Draw, draw
 
 
 class SampledLoss(Loss):
@@ -34,13 +36,18 @@ class SampledLoss(Loss):
             ``batch``. The more share, the less memory traffic and the more alike the negatives.
         exclude: What is no negative: the items of the user's ``history``, past and future, or only
             the token's ``target``.
+        impl: Which implementation computes; see ``losses.implementation``. The Triton kernels
+            compute draws per token that exclude the target.
     """
 
-    def __init__(self, *, n_negatives: int, shared: Shared, exclude: Exclude) -> None:
+    def __init__(
+        self, *, n_negatives: int, shared: Shared, exclude: Exclude, impl: Implementation = "auto"
+    ) -> None:
         super().__init__()
         self.n_negatives = n_negatives
         self.shared = shared
         self.exclude = exclude
+        self.impl = impl
         # A draw per sequence excluding targets reads only how many sequences there are.
         self.needs_histories = exclude == "history" or shared == "sequence"
 
@@ -60,6 +67,9 @@ class SampledLoss(Loss):
                 self.n_negatives,
                 n_items,
             )
+        if self._takes_triton(hidden, item_embeddings):
+            drawn = draw(len(hidden), n_items, self.n_negatives, hidden.device, with_coins=False)
+            return self._mean_in_triton(hidden, item_embeddings, targets, drawn)
         negatives = draw_negatives(
             targets,
             sequence,
@@ -89,6 +99,22 @@ class SampledLoss(Loss):
             negatives,
             n_items=len(item_embeddings),
         )
+
+    def _takes_triton(self, hidden: Tensor, item_embeddings: Tensor) -> bool:
+        if (self.shared, self.exclude) == ("token", "target"):
+            return takes_triton(self.impl, hidden, item_embeddings, deterministic=True)
+        if self.impl == "triton":
+            raise ValueError(
+                "impl is triton, whose kernels need shared: token and exclude: target, "
+                f"got shared: {self.shared} and exclude: {self.exclude}; use impl: torch or auto"
+            )
+        return False
+
+    @abstractmethod
+    def _mean_in_triton(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw
+    ) -> Tensor:
+        """Return the mean loss over tokens, given the draws of each, through Triton kernels."""
 
     @abstractmethod
     def _mean_of_logits(

@@ -64,6 +64,8 @@ def fit(
     batches = TrainingBatches(
         train_sequences, parameters.batch_size, parameters.seed, module.loss.needs_histories
     )
+    if module.loss.needs_item_counts:
+        module.loss.use_item_counts(torch.bincount(batches.items, minlength=n_items))
     validation = Validation(module.model, validation_sequences, filter_seen, batches.n_tokens)
     folder = Path(tempfile.mkdtemp(prefix="run_", dir=checkpoints))  # runs may go side by side
     best = ModelCheckpoint(

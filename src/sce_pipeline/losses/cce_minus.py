@@ -1,0 +1,94 @@
+"""CCE⁻: CE⁻ whose negatives need no memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from sce_pipeline.losses.base import Histories, Loss
+from sce_pipeline.losses.implementation import Implementation, takes_triton
+from sce_pipeline.losses.per_token import per_token_cross_entropy
+from sce_pipeline.losses.sampling import Popularity, draw
+
+
+class CCEMinus(Loss):
+    """CCE⁻: cross-entropy over the target and sampled negatives (arXiv 2509.09682).
+
+    Neither logits nor negatives are ever kept: both are made anew where they are needed. A draw
+    that is a token's target is no negative of it.
+
+    Args:
+        n_negatives: Negatives of each token.
+        shared: Who shares a draw of negatives: nobody (``token``), or the 64 tokens of a ``tile``.
+        sampling: ``uniform``, or by ``popularity``, which needs ``use_item_counts``.
+        log_correction: Whether negatives stand for all items but the target, or only for
+            themselves.
+        impl: Which implementation computes; see ``losses.implementation``.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_negatives: int,
+        shared: Literal["token", "tile"],
+        sampling: Literal["uniform", "popularity"],
+        log_correction: bool,
+        impl: Implementation = "auto",
+    ) -> None:
+        super().__init__()
+        self.n_negatives = n_negatives
+        self.shared = shared
+        self.sampling = sampling
+        self.log_correction = log_correction
+        self.impl = impl
+        self.needs_item_counts = sampling == "popularity"
+        self.popularity: Popularity | None = None
+
+    def use_item_counts(self, counts: Tensor) -> None:
+        """Draw in proportion to the counts from now on."""
+        self.popularity = Popularity(counts)
+
+    def _mean_loss(
+        self,
+        hidden: Tensor,
+        item_embeddings: Tensor,
+        targets: Tensor,
+        sequence: Tensor,
+        histories: Histories,
+    ) -> Tensor:
+        self._check_popularity(len(item_embeddings))
+        return self._with_draws_per_token(hidden, item_embeddings, targets)
+
+    def _check_popularity(self, n_items: int) -> None:
+        if not self.needs_item_counts:
+            return
+        if self.popularity is None:
+            raise RuntimeError(
+                "cce_minus with sampling: popularity needs to know how often each item occurs; "
+                "call use_item_counts first"
+            )
+        if self.popularity.n_items != n_items:
+            raise ValueError(
+                f"expected counts of {n_items} items, got those of {self.popularity.n_items}"
+            )
+
+    def _with_draws_per_token(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor
+    ) -> Tensor:
+        drawn = draw(
+            len(hidden),
+            len(item_embeddings),
+            self.n_negatives,
+            hidden.device,
+            with_coins=self.popularity is not None,
+        )
+        return per_token_cross_entropy(
+            hidden,
+            item_embeddings,
+            targets,
+            drawn,
+            popularity=self.popularity,
+            log_correction=self.log_correction,
+            triton=takes_triton(self.impl, hidden, item_embeddings, deterministic=True),
+        )

@@ -1,0 +1,708 @@
+"""Losses over negatives of each token's own, drawn where they are needed; see ``losses.sampling``.
+
+Tokens gather the embeddings of their negatives; then, as a draw can be inverted, cells gather the
+hidden states of the tokens that drew them. So each row of each gradient is summed in registers and
+stored once, in an order that never changes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E
+from sce_pipeline.losses.kernels.rows import cast
+from sce_pipeline.losses.sampling import Draw, Popularity
+
+COIN_MASK = tl.constexpr(2**31 - 1)
+
+RUN = tl.constexpr(64)
+"""Tokens, sorted by target, whose gradient of it is summed before where all have the same."""
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: rows of a program, partners that all of them meet at once, warps."""
+
+    rows: int
+    partners: int
+    num_warps: int
+
+
+def tile_for(matrix: Tensor) -> Tile:
+    """Return the tile of a kernel that gathers rows of ``matrix``.
+
+    Each thread loads 16 bytes at a time, and the threads of a warp hold whole rows, so that only
+    the sums over d go from thread to thread, and no warp waits for another.
+    """
+    bytes_of_row = _block_d(matrix) * matrix.element_size()
+    rows = max(1, 512 // bytes_of_row)
+    partners = min(8, 32 // rows) // max(1, bytes_of_row // 512)
+    return Tile(rows, max(2, partners), num_warps=1)
+
+
+def forward(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    draw: Draw,
+    popularity: Popularity | None,
+    *,
+    corrected: bool,
+    beta: float | None,
+    with_gradient: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return the loss of each token and what the gradients need; see ``losses.per_token``.
+
+    Returns:
+        The losses, float32 [tokens]; the gradient of each in its hidden state, float32 [tokens, d];
+        minus that in the target's logit, float32 [tokens]; and, for cross-entropy, the logsumexp of
+        all logits less what a token's correction adds to those of its negatives, float32 [tokens].
+    """
+    n_tokens, d = hidden.shape
+    tile = tile or tile_for(item_embeddings)
+    losses = hidden.new_empty(n_tokens, dtype=torch.float32)
+    shares, log_sums = torch.empty_like(losses), torch.empty_like(losses)
+    grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
+    n_segments, n_negatives = draw.offsets.shape
+    longest = min(n_tokens, draw.n_items)
+    _forward[(triton.cdiv(longest, tile.rows), n_segments)](
+        hidden,
+        item_embeddings,
+        targets,
+        draw.offsets,
+        draw.coins,
+        *_tables(popularity),
+        losses,
+        grad_hidden,
+        shares,
+        log_sums,
+        1.0 if beta is None else beta,
+        n_tokens,
+        draw.n_items,
+        n_negatives,
+        *_relabelling(draw.multiplier, draw.n_items),
+        draw.coin_step,
+        D=d,
+        BINARY=beta is not None,
+        CORRECTED=corrected,
+        ROWS=tile.rows,
+        SLOTS=tile.partners,
+        BLOCK_D=_block_d(hidden),
+        num_warps=tile.num_warps,
+    )
+    return losses, grad_hidden, shares, log_sums
+
+
+def backward(
+    scale: Tensor,
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    draw: Draw,
+    popularity: Popularity | None,
+    shares: Tensor,
+    log_sums: Tensor,
+    *,
+    corrected: bool,
+    binary: bool,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Return the gradient of the table, in its dtype, of the sum of losses times ``scale``."""
+    n_tokens, d = hidden.shape
+    n_items = draw.n_items
+    block_d = _block_d(hidden)
+    tile = tile or tile_for(hidden)
+    by_target, order = targets.int().sort(stable=True)
+    first, stop = targets.new_zeros(2, n_items, dtype=torch.int32)
+    sums_of_runs = shares.new_empty(n_tokens // RUN.value, d)
+    _find_runs[(triton.cdiv(n_tokens, RUN.value),)](
+        hidden,
+        shares,
+        by_target,
+        order,
+        first,
+        stop,
+        sums_of_runs,
+        n_tokens,
+        n_items,
+        D=d,
+        ROWS=max(1, 512 // block_d),
+        BLOCK_D=block_d,
+        num_warps=1,
+    )
+    numbers = {
+        "n_tokens": n_tokens,
+        "n_items": n_items,
+        "n_negatives": draw.n_negatives,
+        "coin_step": draw.coin_step,
+        "STEPS": draw.n_negatives.bit_length(),
+        "D": d,
+        "BINARY": binary,
+        "CORRECTED": corrected,
+        "ROWS": tile.rows,
+        "PARTNERS": tile.partners,
+        "BLOCK_D": block_d,
+        "num_warps": tile.num_warps,
+    }
+    tables = _tables(popularity)
+    sums_of_pieces = pieces_of_item = None
+    if popularity is not None:
+        n_pieces = len(popularity.pieces_by_length)
+        pieces_of_item = popularity.pieces_of_item
+        sums_of_pieces = shares.new_empty(n_pieces, d)
+        multiplier, quotient = _relabelling(draw.inverse, n_items)
+        _gather_pieces[(max(1, triton.cdiv(n_pieces, tile.rows)),)](
+            hidden,
+            item_embeddings,
+            targets,
+            draw.offsets,
+            draw.coins,
+            *tables,
+            popularity.cells,
+            popularity.piece_starts,
+            popularity.pieces_by_length,
+            log_sums,
+            sums_of_pieces,
+            n_pieces=n_pieces,
+            multiplier=multiplier,
+            quotient=quotient,
+            **numbers,
+        )
+    grad_table = torch.empty_like(item_embeddings)
+    multiplier, quotient = _relabelling(draw.multiplier, n_items)
+    _gather_items[(triton.cdiv(n_items, tile.rows),)](
+        scale,
+        hidden,
+        item_embeddings,
+        targets,
+        draw.offsets,
+        draw.coins,
+        *tables,
+        pieces_of_item,
+        sums_of_pieces,
+        shares,
+        log_sums,
+        order,
+        first,
+        stop,
+        sums_of_runs,
+        grad_table,
+        multiplier=multiplier,
+        quotient=quotient,
+        **numbers,
+    )
+    return grad_table
+
+
+def _tables(popularity: Popularity | None) -> tuple[Tensor | None, ...]:
+    if popularity is None:
+        return None, None, None, None
+    return (
+        popularity.thresholds,
+        popularity.aliases,
+        popularity.log_chances,
+        popularity.log_rests,
+    )
+
+
+def _block_d(matrix: Tensor) -> int:
+    return max(16, triton.next_power_of_2(matrix.shape[1]))
+
+
+def _relabelling(multiplier: int, n_items: int) -> tuple[int, int]:
+    """Return a multiplier and its share of ``n_items``, as bits of int32; see ``_relabel``."""
+    quotient = (multiplier << 32) // n_items
+    return multiplier, quotient - ((quotient >> 31) << 32)
+
+
+# No number that differs from batch to batch may make Triton compile again.
+DRAWN = ["n_tokens", "n_items", "n_negatives", "multiplier", "quotient", "coin_step"]
+
+
+@triton.jit(do_not_specialize=DRAWN)
+def _forward(
+    hidden,
+    table,
+    targets,
+    offsets,
+    coins,
+    thresholds,
+    aliases,
+    log_chances,
+    log_rests,
+    losses,
+    grad_hidden,
+    shares,
+    log_sums,
+    beta,
+    n_tokens,
+    n_items,
+    n_negatives,
+    multiplier,
+    quotient,
+    coin_step,
+    D: tl.constexpr,
+    BINARY: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Some tokens of a segment meet their negatives, a few slots at a time."""
+    segment = tl.program_id(1)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_place = place < tl.minimum(n_items, n_tokens - segment * n_items)
+    token = segment * n_items + place
+    columns = tl.arange(0, BLOCK_D)
+    in_row = columns < D
+    own = token.to(tl.int64)[:, None] * D + columns[None, :]
+    is_own = is_place[:, None] & in_row[None, :]
+    query = tl.load(hidden + own, mask=is_own, other=0.0).to(tl.float32)
+    target = tl.load(targets + token, mask=is_place, other=-1)
+    is_item = (target >= 0) & (target < n_items)
+    of_target = table + target[:, None] * D + columns[None, :]
+    is_target = is_item[:, None] & in_row[None, :]
+    embedding = tl.load(of_target, mask=is_target, other=0.0).to(tl.float32)
+    positive = tl.where(is_item, tl.sum(query * embedding, axis=1), float("nan"))
+    target = tl.where(is_item, target, -1).to(tl.int32)
+
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    n_valid = tl.zeros([ROWS], tl.float32)
+    # In three dimensions, all that the loop holds stays in the registers that its loads fill.
+    sums = tl.zeros([ROWS, 1, BLOCK_D], tl.float32)
+    for start in range(0, n_negatives, SLOTS):
+        slot = start + tl.arange(0, SLOTS)[None, :]
+        is_valid = is_place[:, None] & (slot < n_negatives)
+        at = tl.broadcast_to(segment.to(tl.int64) * n_negatives + slot, [ROWS, SLOTS])
+        cell = place[:, None] - (n_items - tl.load(offsets + at, mask=is_valid, other=0))
+        cell = tl.where(cell < 0, cell + n_items, cell)
+        item = _relabel(cell, multiplier, quotient, n_items)
+        if thresholds is not None:
+            coin = _toss(tl.load(coins + at, mask=is_valid, other=0), place[:, None], coin_step)
+            is_alias = is_valid & (coin > tl.load(thresholds + item, mask=is_valid, other=0))
+            item = tl.load(aliases + item, mask=is_alias, other=item)
+        is_valid = is_valid & (item != target[:, None])
+        keys = _load_rows(table, item, is_valid, D, BLOCK_D)
+        logits = tl.sum(keys * query[:, None, :], axis=2)
+        if BINARY:
+            total += tl.sum(tl.where(is_valid, _softplus(logits), 0.0), axis=1)
+            factors = tl.where(is_valid, _sigmoid(logits), 0.0)
+        else:
+            if CORRECTED and thresholds is not None:
+                logits -= tl.load(log_chances + item, mask=is_valid, other=0.0)
+            logits = tl.where(is_valid, logits, float("-inf"))
+            n_valid += tl.sum(tl.where(logits == float("-inf"), 0.0, 1.0), axis=1)
+            larger = tl.maximum(largest, tl.max(logits, axis=1))
+            centre = tl.where(larger == float("-inf"), 0.0, larger)
+            fade = tl.exp2((largest - centre) * LOG2_E)
+            factors = tl.exp2((logits - centre[:, None]) * LOG2_E)
+            total = total * fade + tl.sum(factors, axis=1)
+            sums *= fade[:, None, None]
+            largest = larger
+        if grad_hidden is not None:
+            sums += tl.sum(factors[:, :, None] * keys, axis=1, keep_dims=True)
+    gradient = tl.sum(sums, axis=1)
+
+    if BINARY:
+        loss = beta * _softplus(-positive) + total
+        share = beta * _sigmoid(-positive)
+    else:
+        correction = tl.zeros([ROWS], tl.float32)
+        if CORRECTED:
+            if thresholds is not None:
+                correction += tl.load(log_rests + target, mask=is_item, other=0.0)
+            else:
+                correction += tl.log(tl.maximum(n_items - 1, 1).to(tl.float32))
+            correction -= tl.log(tl.maximum(n_valid, 1.0))
+        # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
+        # nearly all of the sum. No valid negative has none.
+        log_odds = tl.where(
+            n_valid == 0, float("-inf"), largest + tl.log2(total) * LN_2 + correction - positive
+        )
+        log_odds = tl.where(positive == positive, log_odds, float("nan"))
+        loss = _softplus(log_odds)
+        share = _sigmoid(log_odds)
+        gradient *= (share / tl.where(total == 0, 1.0, total))[:, None]
+        tl.store(log_sums + token, positive + loss - correction, mask=is_place)
+    tl.store(losses + token, loss, mask=is_place)
+    tl.store(shares + token, share, mask=is_place)
+    if grad_hidden is not None:
+        embedding = tl.load(of_target, mask=is_target, other=0.0).to(tl.float32)
+        tl.store(grad_hidden + own, gradient - share[:, None] * embedding, mask=is_own)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_items"])
+def _find_runs(
+    hidden,
+    shares,
+    by_target,
+    order,
+    first,
+    stop,
+    sums_of_runs,
+    n_tokens,
+    n_items,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Find where each target begins and stops among tokens sorted by it.
+
+    Where all the tokens of a run of ``RUN`` have one target, their gradient of it is summed.
+    """
+    begin = tl.program_id(0) * RUN
+    place = begin + tl.arange(0, RUN)
+    is_place = place < n_tokens
+    target = tl.load(by_target + place, mask=is_place, other=-1)
+    before = tl.load(by_target + place - 1, mask=is_place & (place > 0), other=-1)
+    after = tl.load(by_target + place + 1, mask=place + 1 < n_tokens, other=-1)
+    is_item = (target >= 0) & (target < n_items)
+    tl.store(first + target, place, mask=is_item & (target != before))
+    tl.store(stop + target, place + 1, mask=is_item & (target != after))
+    if begin + RUN > n_tokens:
+        return
+    if tl.load(by_target + begin) != tl.load(by_target + begin + RUN - 1):
+        return
+    columns = tl.arange(0, BLOCK_D)
+    gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, RUN, ROWS):
+        row = start + tl.arange(0, ROWS)
+        token = tl.load(order + begin + row, mask=row < RUN, other=0)
+        share = tl.load(shares + token, mask=row < RUN, other=0.0)
+        state = tl.load(
+            hidden + token[:, None] * D + columns[None, :],
+            mask=(row < RUN)[:, None] & (columns < D)[None, :],
+            other=0.0,
+        )
+        gradient -= share[:, None] * state.to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * D + columns
+    tl.store(sums_of_runs + at, tl.sum(gradient, axis=0), mask=columns < D)
+
+
+@triton.jit(do_not_specialize=[*DRAWN, "n_pieces"])
+def _gather_pieces(
+    hidden,
+    table,
+    targets,
+    offsets,
+    coins,
+    thresholds,
+    aliases,
+    log_chances,
+    log_rests,
+    cells,
+    piece_starts,
+    pieces_by_length,
+    log_sums,
+    sums_of_pieces,
+    n_pieces,
+    n_tokens,
+    n_items,
+    n_negatives,
+    multiplier,
+    quotient,
+    coin_step,
+    STEPS: tl.constexpr,
+    D: tl.constexpr,
+    BINARY: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTNERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Some pieces sum the gradient of their alias over the tokens whose coins chose it."""
+    nth = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_piece = nth < n_pieces
+    piece = tl.load(pieces_by_length + nth, mask=is_piece, other=0)
+    start = tl.load(piece_starts + piece, mask=is_piece, other=0)
+    length = tl.load(piece_starts + piece + 1, mask=is_piece, other=0) - start
+    cell = tl.load(cells + start, mask=is_piece, other=0)
+    item = tl.load(aliases + cell, mask=is_piece, other=0)
+    columns = tl.arange(0, BLOCK_D)
+    row = item.to(tl.int64)[:, None] * D + columns[None, :]
+    is_row = is_piece[:, None] & (columns < D)[None, :]
+    key = tl.load(table + row, mask=is_row, other=0.0).to(tl.float32)
+    gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for of_piece in range(0, tl.max(length)):
+        is_cell = of_piece < length
+        cell = tl.load(cells + start + of_piece, mask=is_cell, other=0)
+        gradient = _gather(
+            gradient,
+            key,
+            _relabel(cell, multiplier, quotient, n_items),
+            is_cell,
+            item,
+            tl.load(thresholds + cell, mask=is_cell, other=0),
+            hidden,
+            targets,
+            offsets,
+            coins,
+            log_chances,
+            log_sums,
+            n_tokens,
+            n_items,
+            n_negatives,
+            coin_step,
+            False,
+            STEPS,
+            D,
+            BINARY,
+            CORRECTED,
+            PARTNERS,
+        )
+    at = piece.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(sums_of_pieces + at, gradient, mask=is_row)
+
+
+@triton.jit(do_not_specialize=DRAWN)
+def _gather_items(
+    scale,
+    hidden,
+    table,
+    targets,
+    offsets,
+    coins,
+    thresholds,
+    aliases,
+    log_chances,
+    log_rests,
+    pieces_of_item,
+    sums_of_pieces,
+    shares,
+    log_sums,
+    order,
+    first,
+    stop,
+    sums_of_runs,
+    grad_table,
+    n_tokens,
+    n_items,
+    n_negatives,
+    multiplier,
+    quotient,
+    coin_step,
+    STEPS: tl.constexpr,
+    D: tl.constexpr,
+    BINARY: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTNERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Some cells sum the gradient of their items: over who drew them and whose target they are."""
+    cell = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_cell = cell < n_items
+    cell = tl.where(is_cell, cell, 0)
+    item = _relabel(cell, multiplier, quotient, n_items)
+    columns = tl.arange(0, BLOCK_D)
+    row = item.to(tl.int64)[:, None] * D + columns[None, :]
+    is_row = is_cell[:, None] & (columns < D)[None, :]
+    key = tl.load(table + row, mask=is_row, other=0.0).to(tl.float32)
+    gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    threshold = cell
+    if thresholds is not None:
+        threshold = tl.load(thresholds + item, mask=is_cell, other=0)
+    gradient = _gather(
+        gradient,
+        key,
+        cell,
+        is_cell,
+        item,
+        threshold,
+        hidden,
+        targets,
+        offsets,
+        coins,
+        log_chances,
+        log_sums,
+        n_tokens,
+        n_items,
+        n_negatives,
+        coin_step,
+        True,
+        STEPS,
+        D,
+        BINARY,
+        CORRECTED,
+        PARTNERS,
+    )
+    if sums_of_pieces is not None:
+        begin = tl.load(pieces_of_item + item, mask=is_cell, other=0)
+        end = tl.load(pieces_of_item + item + 1, mask=is_cell, other=0)
+        gradient = _add_rows(gradient, sums_of_pieces, begin, end, D, PARTNERS)
+
+    # The whole runs between the first and the last token of a target have their sums; what is left
+    # are less than two runs.
+    begin = tl.load(first + item, mask=is_cell, other=0)
+    end = tl.load(stop + item, mask=is_cell, other=0)
+    first_run, stop_run = (begin + RUN - 1) // RUN, end // RUN
+    has_runs = first_run < stop_run
+    gradient = _add_rows(gradient, sums_of_runs, first_run, stop_run, D, PARTNERS)
+    n_head = tl.where(has_runs, first_run * RUN, end) - begin
+    n_left = n_head + tl.where(has_runs, end - stop_run * RUN, 0)
+    for start in range(0, tl.max(n_left), PARTNERS):
+        nth = start + tl.arange(0, PARTNERS)[None, :]
+        is_left = nth < n_left[:, None]
+        place = begin[:, None] + nth
+        place = tl.where(
+            nth < n_head[:, None], place, place + ((stop_run - first_run) * RUN)[:, None]
+        )
+        token = tl.load(order + place, mask=is_left, other=0)
+        share = tl.load(shares + token, mask=is_left, other=0.0)
+        states = _load_rows(hidden, token, is_left, D, BLOCK_D)
+        gradient -= tl.sum(share[:, :, None] * states, axis=1)
+    gradient *= tl.load(scale)
+    tl.store(grad_table + row, cast(gradient, grad_table.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _gather(
+    gradient,
+    key,
+    cell,
+    is_cell,
+    item,
+    threshold,
+    hidden,
+    targets,
+    offsets,
+    coins,
+    log_chances,
+    log_sums,
+    n_tokens,
+    n_items,
+    n_negatives,
+    coin_step,
+    OWN: tl.constexpr,
+    STEPS: tl.constexpr,
+    D: tl.constexpr,
+    BINARY: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    PARTNERS: tl.constexpr,
+):
+    """Add to ``gradient``, [ROWS, BLOCK_D], that of each cell's item over the tokens that drew it.
+
+    Where there are coins, tokens count whose coin chose the cell's own item or, without ``OWN``,
+    its alias. As offsets increase, the slots in which a token of a segment drew the cell lie side
+    by side, the first after the last.
+    """
+    BLOCK_D: tl.constexpr = gradient.shape[1]
+    if CORRECTED and coins is not None:
+        log_chance = tl.load(log_chances + item, mask=is_cell, other=0.0)
+    for begin in range(0, n_tokens, n_items):
+        length = tl.minimum(n_items, n_tokens - begin)
+        # The token in place i drew the cell in slots of the offset (cell - i) mod n_items.
+        wraps = cell < length
+        least = tl.where(wraps, cell - length + n_items, cell - length)
+        first = _count_up_to(offsets, least, n_negatives, STEPS)
+        n_slots = _count_up_to(offsets, cell, n_negatives, STEPS) - first
+        n_slots += tl.where(wraps, n_negatives, 0)
+        n_slots = tl.where(is_cell, n_slots, 0)
+        for start in range(0, tl.max(n_slots), PARTNERS):
+            nth = start + tl.arange(0, PARTNERS)[None, :]
+            is_valid = nth < n_slots[:, None]
+            slot = first[:, None] + nth
+            slot = tl.where(slot < n_negatives, slot, slot - n_negatives)
+            place = cell[:, None] - tl.load(offsets + slot, mask=is_valid, other=0)
+            place = tl.where(place < 0, place + n_items, place)
+            if coins is not None:
+                coin = _toss(tl.load(coins + slot, mask=is_valid, other=0), place, coin_step)
+                is_own = coin <= threshold[:, None]
+                is_valid = is_valid & (is_own if OWN else ~is_own)
+            token = begin + place
+            target = tl.load(targets + token, mask=is_valid, other=-1)
+            is_valid = is_valid & (target != item[:, None])
+            queries = _load_rows(hidden, token, is_valid, D, BLOCK_D)
+            logits = tl.sum(queries * key[:, None, :], axis=2)
+            if BINARY:
+                factors = _sigmoid(logits)
+            else:
+                if CORRECTED and coins is not None:
+                    logits -= log_chance[:, None]
+                log_sum = tl.load(log_sums + token, mask=is_valid, other=0.0)
+                factors = tl.exp2((logits - log_sum) * LOG2_E)
+            factors = tl.where(is_valid, factors, 0.0)
+            gradient += tl.sum(factors[:, :, None] * queries, axis=1)
+        offsets += n_negatives
+        if coins is not None:
+            coins += n_negatives
+    return gradient
+
+
+@triton.jit
+def _count_up_to(offsets, bound, n_offsets, STEPS: tl.constexpr):
+    """Return how many of the increasing offsets are at most ``bound``, by binary search."""
+    low = tl.zeros_like(bound)
+    high = low + n_offsets
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        is_open = low < high
+        is_within = is_open & (tl.load(offsets + middle, mask=is_open, other=0) <= bound)
+        low = tl.where(is_within, middle + 1, low)
+        high = tl.where(is_open & ~is_within, middle, high)
+    return low
+
+
+@triton.jit
+def _add_rows(gradient, matrix, begin, end, D: tl.constexpr, PARTNERS: tl.constexpr):
+    """Add to each row of ``gradient`` the rows of a matrix from its ``begin`` to its ``end``."""
+    BLOCK_D: tl.constexpr = gradient.shape[1]
+    for start in range(0, tl.max(end - begin), PARTNERS):
+        row = begin[:, None] + start + tl.arange(0, PARTNERS)[None, :]
+        gradient += tl.sum(_load_rows(matrix, row, row < end[:, None], D, BLOCK_D), axis=1)
+    return gradient
+
+
+@triton.jit
+def _load_rows(matrix, rows, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return ``matrix[rows]`` in float32, [..., BLOCK_D], for rows of two dimensions."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = matrix + rows.to(tl.int64)[:, :, None] * D + columns[None, None, :]
+    mask = is_row[:, :, None] & (columns < D)[None, None, :]
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _relabel(number, multiplier, quotient, n_items):
+    """Return (number · multiplier) mod n_items, exactly, for a number below n_items (Shoup).
+
+    With quotient = ⌊multiplier · 2^32 / n_items⌋, ⌊number · quotient / 2^32⌋ is what the division
+    gives, or less by one. What is left fits into 32 bits, as n_items is below 2^31.
+    """
+    number = number.to(tl.uint32)
+    n_items = n_items.to(tl.uint32)
+    times = tl.umulhi(number, quotient.to(tl.uint32, bitcast=True))
+    product = tl.mul(number, multiplier.to(tl.uint32), sanitize_overflow=False)
+    left = tl.sub(product, tl.mul(times, n_items, sanitize_overflow=False), sanitize_overflow=False)
+    return tl.where(left >= n_items, left - n_items, left).to(tl.int32)
+
+
+@triton.jit
+def _toss(coin, place, coin_step):
+    """Return the coin of the token in a place of its segment."""
+    grown = tl.mul(place, coin_step, sanitize_overflow=False)
+    return tl.add(grown, coin, sanitize_overflow=False) & COIN_MASK
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + _log1p(tl.exp2(-tl.abs(x) * LOG2_E))
+
+
+@triton.jit
+def _sigmoid(x):
+    small = tl.exp2(-tl.abs(x) * LOG2_E)
+    return tl.where(x >= 0, 1.0, small) / (1 + small)
+
+
+@triton.jit
+def _log1p(x):
+    """Return log(1 + x) for x >= 0, to the last bits also where x is small."""
+    rounded = 1 + x
+    return tl.where(rounded == 1, x, tl.log(rounded) * (x / (rounded - 1)))
