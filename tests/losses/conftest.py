@@ -36,6 +36,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "cce_minus",
         {**SAMPLED, "shared": "token", "sampling": "uniform", "log_correction": True},
     ),
+    "cce_minus-tile": (
+        "cce_minus",
+        {**SAMPLED, "shared": "tile", "sampling": "uniform", "log_correction": True},
+    ),
     "bce": ("bce", {**SAMPLED, "shared": "token", "exclude": "history"}),
     "gbce": ("gbce", {**SAMPLED, "shared": "token", "exclude": "target", "t": 0.75}),
     "sce": ("sce", {"n_buckets": 3, "bucket_size_x": 4, "bucket_size_y": 3, "mix_x": False}),

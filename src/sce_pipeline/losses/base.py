@@ -149,6 +149,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product in the dtype of its factors, whatever autocast has to say."""
+    if autocast_dtype(left.device) is None:
+        return left @ right
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 def _check(hidden: Tensor, item_embeddings: Tensor, targets: Tensor, sequence: Tensor) -> None:
     shapes = (
         f"hidden {_size(hidden)}, item_embeddings {_size(item_embeddings)}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from sce_pipeline.losses.grouped import Groups, grouped_binary_cross_entropy
 from sce_pipeline.losses.implementation import Implementation
 from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
 from sce_pipeline.losses.per_token import per_token_binary_cross_entropy
@@ -33,6 +34,14 @@ class BCE(SampledLoss):
         beta = self.beta(len(item_embeddings))
         return per_token_binary_cross_entropy(
             hidden, item_embeddings, targets, drawn, beta=beta, triton=True
+        )
+
+    def _mean_of_groups(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, groups: Groups
+    ) -> Tensor:
+        beta = self.beta(len(item_embeddings))
+        return grouped_binary_cross_entropy(
+            hidden, item_embeddings, targets, groups, beta=beta, triton=True
         )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sce_pipeline.losses.base import Histories, Loss
+from sce_pipeline.losses.grouped import Groups, grouped_cross_entropy
 from sce_pipeline.losses.implementation import Implementation, takes_triton
 from sce_pipeline.losses.per_token import per_token_cross_entropy
-from sce_pipeline.losses.sampling import Popularity, draw
+from sce_pipeline.losses.sampling import COIN_BITS, Popularity, draw
+
+TILE = 64
+"""Tokens of a tile."""
 
 
 class CCEMinus(Loss):
@@ -58,6 +64,11 @@ class CCEMinus(Loss):
         histories: Histories,
     ) -> Tensor:
         self._check_popularity(len(item_embeddings))
+        if self.shared == "tile":
+            groups = self._draw_tiles(targets, len(item_embeddings))
+            # The order in which the kernels add up the gradient of the table is open.
+            triton = takes_triton(self.impl, hidden, item_embeddings, deterministic=False)
+            return grouped_cross_entropy(hidden, item_embeddings, targets, groups, triton=triton)
         return self._with_draws_per_token(hidden, item_embeddings, targets)
 
     def _check_popularity(self, n_items: int) -> None:
@@ -72,6 +83,30 @@ class CCEMinus(Loss):
             raise ValueError(
                 f"expected counts of {n_items} items, got those of {self.popularity.n_items}"
             )
+
+    def _draw_tiles(self, targets: Tensor, n_items: int) -> Groups:
+        """Draw the negatives of each tile; see ``per_token_cross_entropy`` for the correction."""
+        n_tiles, device = -(-len(targets) // TILE), targets.device
+        size = (n_tiles, self.n_negatives)
+        items = torch.randint(n_items, size, device=device)
+        offsets = torch.arange(0, n_tiles * TILE + 1, TILE, device=device)
+        if self.popularity is None:
+            if not self.log_correction:
+                return Groups(items, offsets)
+            # In a catalogue of one item there are no others, and all draws are the target.
+            log_mass = math.log(max(n_items - 1, 1))
+            masses = torch.full(targets.shape, log_mass, dtype=torch.float64, device=device)
+            return Groups(items, offsets, log_masses=masses)
+        coins = torch.randint(2**COIN_BITS, size, dtype=torch.int32, device=device)
+        items = self.popularity.choose(items, coins)
+        if not self.log_correction:
+            return Groups(items, offsets)
+        return Groups(
+            items,
+            offsets,
+            -self.popularity.log_chances[items],
+            self.popularity.log_rests[targets],
+        )
 
     def _with_draws_per_token(
         self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor

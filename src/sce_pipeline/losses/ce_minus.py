@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sce_pipeline.losses.grouped import Groups, grouped_cross_entropy
 from sce_pipeline.losses.implementation import Implementation
 from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
 from sce_pipeline.losses.per_token import per_token_cross_entropy
@@ -54,6 +55,13 @@ class CEMinus(SampledLoss):
             log_correction=self.log_correction,
             triton=True,
         )
+
+    def _mean_of_groups(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, groups: Groups
+    ) -> Tensor:
+        if not self.log_correction:
+            groups = groups._replace(log_masses=None)
+        return grouped_cross_entropy(hidden, item_embeddings, targets, groups, triton=True)
 
     def _mean_of_logits(
         self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import chunks, target_logits
+from sce_pipeline.losses.base import chunks, matmul, target_logits
 from sce_pipeline.losses.implementation import compute_dtype
 
 
@@ -150,14 +150,15 @@ def _forward(
         else:
             total, factors = functional.softplus(logits).sum(2), logits.sigmoid()
         of_tiles.append(total)
-        grad_of_tiles.append(_matmul(factors, keys))
+        grad_of_tiles.append(matmul(factors, keys))
     total = torch.cat(of_tiles).flatten()[tiles.row]
     grad_hidden = torch.cat(grad_of_tiles).flatten(0, 1)[tiles.row]
     if beta is None:
         correction = torch.zeros_like(total)
         if log_masses is not None:
             n_valid = torch.cat(valid_of_tiles).flatten()[tiles.row]
-            correction = log_masses - n_valid.clamp(min=1).to(total.dtype).log()
+            n_valid = n_valid.clamp(min=1).to(total.dtype)
+            correction = log_masses.to(total.dtype) - n_valid.log()
         # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
         # nearly all of the sum.
         log_odds = total + correction - positive
@@ -197,7 +198,7 @@ def _backward(
         else:
             factors = logits.sigmoid()
         factors = factors.masked_fill(~tile.is_token[:, :, None], 0)
-        grad_keys = _matmul(factors.mT, queries)
+        grad_keys = matmul(factors.mT, queries)
         rows = items[tile.owner].clamp(min=0).flatten()
         grad_table.index_add_(0, rows, grad_keys.flatten(0, 1))
     grad_table.index_add_(0, targets, -shares[:, None] * hidden)
@@ -259,14 +260,8 @@ def _logits(
     accumulated = torch.promote_types(dtype, torch.float32)
     queries = hidden[tile.token].to(dtype).to(accumulated)
     keys = functional.embedding(items.clamp(min=0), item_embeddings).to(dtype).to(accumulated)
-    logits = _matmul(queries, keys.mT)
+    logits = matmul(queries, keys.mT)
     if groups.log_weights is not None:
         logits += groups.log_weights[tile.owner, None]
     is_target = items[:, None] == targets[tile.token][:, :, None]
     return logits.masked_fill_(is_target | (items < 0)[:, None], -torch.inf), queries, keys
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product in the dtype of its factors, whatever autocast has to say."""
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import at_least_float32, autocast_dtype, chunks, target_logits
+from sce_pipeline.losses.base import at_least_float32, chunks, matmul, target_logits
 from sce_pipeline.losses.sampling import Draw, Popularity
 
 
@@ -190,7 +190,7 @@ def _torch_forward(
             factors = logits.sigmoid()
         grad_hidden = None
         if with_gradient:
-            grad_hidden = _matmul(factors[:, None], keys)[:, 0]
+            grad_hidden = matmul(factors[:, None], keys)[:, 0]
             grad_hidden -= shares[:, None] * functional.embedding(targets[chunk], item_embeddings)
         parts.append((losses, grad_hidden, shares, log_sums))
     columns = zip(*parts, strict=True)
@@ -233,7 +233,7 @@ def _logits(
     """
     items = options.draw.items(chunk.start, chunk.stop, options.popularity)
     keys = at_least_float32(functional.embedding(items, item_embeddings))
-    logits = _matmul(keys, at_least_float32(hidden[chunk])[:, :, None])[:, :, 0]
+    logits = matmul(keys, at_least_float32(hidden[chunk])[:, :, None])[:, :, 0]
     if options.corrected and options.popularity is not None:
         logits -= options.popularity.log_chances[items]
     return items, keys, logits.masked_fill_(items == targets[chunk, None], -torch.inf)
@@ -252,11 +252,3 @@ def _token_correction(logits: Tensor, targets: Tensor, options: _Options) -> Ten
 def _chunks(hidden: Tensor, options: _Options) -> Iterator[slice]:
     n_tokens, d = hidden.shape
     return chunks(n_tokens, options.draw.n_negatives * d, hidden.device)
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product in the dtype of its factors, whatever autocast has to say."""
-    if autocast_dtype(left.device) is None:
-        return left @ right
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right

@@ -19,8 +19,9 @@ from sce_pipeline.losses.base import (
     chunks,
     target_logits,
 )
+from sce_pipeline.losses.grouped import Groups
 from sce_pipeline.losses.implementation import Implementation, takes_triton
-from sce_pipeline.losses.negatives import Exclude, Negatives, Shared, draw_negatives
+from sce_pipeline.losses.negatives import Exclude, Negatives, Shared, draw_groups, draw_negatives
 from sce_pipeline.losses.sampling import Draw, draw
 
 
@@ -36,8 +37,8 @@ class SampledLoss(Loss):
             ``batch``. The more share, the less memory traffic and the more alike the negatives.
         exclude: What is no negative: the items of the user's ``history``, past and future, or only
             the token's ``target``.
-        impl: Which implementation computes; see ``losses.implementation``. The Triton kernels
-            compute draws per token that exclude the target.
+        impl: Which implementation computes; see ``losses.implementation``. There are Triton kernels
+            for all draws per sequence and, excluding the target, for those per token and per batch.
     """
 
     def __init__(
@@ -67,10 +68,21 @@ class SampledLoss(Loss):
                 self.n_negatives,
                 n_items,
             )
-        if self._takes_triton(hidden, item_embeddings):
+        if not self._takes_triton(hidden, item_embeddings):
+            negatives = draw_negatives(
+                targets,
+                sequence,
+                histories,
+                n_items=n_items,
+                n_negatives=self.n_negatives,
+                shared=self.shared,
+                exclude=self.exclude,
+            )
+            return self.contrast(hidden, item_embeddings, targets, sequence, negatives)
+        if self.shared == "token":
             drawn = draw(len(hidden), n_items, self.n_negatives, hidden.device, with_coins=False)
             return self._mean_in_triton(hidden, item_embeddings, targets, drawn)
-        negatives = draw_negatives(
+        groups = draw_groups(
             targets,
             sequence,
             histories,
@@ -79,7 +91,7 @@ class SampledLoss(Loss):
             shared=self.shared,
             exclude=self.exclude,
         )
-        return self.contrast(hidden, item_embeddings, targets, sequence, negatives)
+        return self._mean_of_groups(hidden, item_embeddings, targets, groups)
 
     def contrast(
         self,
@@ -101,11 +113,13 @@ class SampledLoss(Loss):
         )
 
     def _takes_triton(self, hidden: Tensor, item_embeddings: Tensor) -> bool:
-        if (self.shared, self.exclude) == ("token", "target"):
-            return takes_triton(self.impl, hidden, item_embeddings, deterministic=True)
+        if self.exclude == "target" or self.shared == "sequence":
+            # The gradient of the table is gathered in order for draws per token alone.
+            deterministic = self.shared == "token"
+            return takes_triton(self.impl, hidden, item_embeddings, deterministic=deterministic)
         if self.impl == "triton":
             raise ValueError(
-                "impl is triton, whose kernels need shared: token and exclude: target, "
+                "impl is triton, whose kernels need exclude: target or shared: sequence, "
                 f"got shared: {self.shared} and exclude: {self.exclude}; use impl: torch or auto"
             )
         return False
@@ -115,6 +129,12 @@ class SampledLoss(Loss):
         self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw
     ) -> Tensor:
         """Return the mean loss over tokens, given the draws of each, through Triton kernels."""
+
+    @abstractmethod
+    def _mean_of_groups(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, groups: Groups
+    ) -> Tensor:
+        """Return the mean loss over tokens, given draws that are shared, likewise."""
 
     @abstractmethod
     def _mean_of_logits(

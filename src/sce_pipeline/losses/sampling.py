@@ -78,8 +78,7 @@ class Draw(NamedTuple):
         if self.coins is None:
             raise ValueError("a draw by popularity needs coins, but this has none")
         coins = (places * self.coin_step + self.coins[segments]).remainder_(2**COIN_BITS)
-        is_own = coins <= popularity.thresholds[items]
-        return torch.where(is_own, items, popularity.aliases[items].long())
+        return popularity.choose(items, coins)
 
 
 def draw(
@@ -183,6 +182,10 @@ class Popularity(nn.Module):
     def n_items(self) -> int:
         """Size of the catalogue."""
         return len(self.thresholds)
+
+    def choose(self, cells: Tensor, coins: Tensor) -> Tensor:
+        """Return the item of each cell, int64, given the coin of each draw."""
+        return torch.where(coins <= self.thresholds[cells], cells, self.aliases[cells].long())
 
 
 def alias_table(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
-from sce_pipeline.losses import base
+from sce_pipeline.losses import LOSSES, base, cce_minus
 from sce_pipeline.losses.grouped import (
     Groups,
     grouped_binary_cross_entropy,
@@ -275,3 +275,81 @@ def test_half_precision_tables_sum_their_gradient_in_float32(triton):
     items, offsets = torch.tensor([[1]], device=DEVICE), torch.tensor([0, 4096], device=DEVICE)
     grouped_cross_entropy(hidden, table, targets, Groups(items, offsets), triton=triton).backward()
     assert table.grad[:, 0].tolist() == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("shared", "exclude"), [("sequence", "history"), ("sequence", "target"), ("batch", "target")]
+)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ce_minus", {"log_correction": True}),
+        ("ce_minus", {"log_correction": False}),
+        ("bce", {}),
+        ("gbce", {"t": 0.75}),
+    ],
+)
+def test_losses_over_shared_negatives_take_the_kernels(make_batch, name, options, shared, exclude):
+    options = {**options, "n_negatives": 6, "shared": shared, "exclude": exclude}
+    results = []
+    for impl in ("torch", "triton"):
+        batch = make_batch((3, 1, 6), n_items=13, full_history=True, dtype=torch.float32).to(DEVICE)
+        torch.manual_seed(0)
+        loss = LOSSES[name](**options, impl=impl)(*batch)
+        loss.backward()
+        results.append((loss, *batch.gradients))
+    assert any(result.grad_fn.name() != results[0][0].grad_fn.name() for result, *_ in results)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["bce", "ce_minus"])
+def test_no_kernel_excludes_the_histories_of_a_batch(make_batch, name):
+    options = {"log_correction": True} if name == "ce_minus" else {}
+    loss = LOSSES[name](n_negatives=6, shared="batch", exclude="history", impl="triton", **options)
+    with pytest.raises(ValueError, match="got shared: batch and exclude: history"):
+        loss(*make_batch((3, 1), n_items=13))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("log_correction", [False, True])
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_tiles_share_the_negatives_of_cce_minus(
+    make_batch, monkeypatch, impl, log_correction, sampling
+):
+    monkeypatch.setattr(cce_minus, "TILE", 4)
+    n_items, drawn = 9, []
+    loss = LOSSES["cce_minus"](
+        n_negatives=8, shared="tile", sampling=sampling, log_correction=log_correction, impl=impl
+    )
+    counts = torch.tensor([3, 0, 8, 1, 40, 2, 2, 5, 1])
+    if sampling == "popularity":
+        loss.use_item_counts(counts)
+        loss.to(DEVICE)
+    draw = grouped_cross_entropy
+    monkeypatch.setattr(
+        cce_minus,
+        "grouped_cross_entropy",
+        lambda *args, **options: drawn.append(args[3].items) or draw(*args, **options),
+    )
+    batch = make_batch((5, 1, 4), n_items=n_items, dtype=torch.float32).to(DEVICE)
+    result = loss(*batch)
+    result.backward()
+
+    (items,) = drawn
+    assert items.shape == (3, 8)
+    chances = (counts if sampling == "popularity" else torch.ones(n_items)).double()
+    chances = (chances / chances.sum()).to(DEVICE)
+    assert (chances[items] > 0).all()
+    x, w = (each.detach().double().requires_grad_() for each in batch[:2])
+    total = x.new_zeros(())
+    for token, target in enumerate(batch.targets.tolist()):
+        valid = items[token // 4][items[token // 4] != target]
+        weights = torch.ones_like(valid, dtype=torch.float64)
+        if log_correction:
+            weights = (1 - chances[target]) / (len(valid) * chances[valid])
+        partition = (x[token] @ w[target]).exp() + (weights * (w[valid] @ x[token]).exp()).sum()
+        total = total + partition.log() - x[token] @ w[target]
+    expected = total / len(x)
+    expected.backward()
+    torch.testing.assert_close(result, expected.float())
+    torch.testing.assert_close(batch.gradients, (x.grad.float(), w.grad.float()))
