@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from sce_pipeline.losses.base import Histories, Loss
 from sce_pipeline.losses.bce import BCE, GBCE
 from sce_pipeline.losses.cce import CCE
-from sce_pipeline.losses.ce import CE
 from sce_pipeline.losses.cce_minus import CCEMinus
+from sce_pipeline.losses.ce import CE
 from sce_pipeline.losses.ce_minus import CEMinus
 from sce_pipeline.losses.rece import RECE
 from sce_pipeline.losses.sce import SCE

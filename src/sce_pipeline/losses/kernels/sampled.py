@@ -616,9 +616,9 @@ def _gather(
                 is_own = coin <= threshold[:, None]
                 is_valid = is_valid & (is_own if OWN else ~is_own)
             token = begin + place
+            queries = _load_rows(hidden, token, is_valid, D, BLOCK_D)
             target = tl.load(targets + token, mask=is_valid, other=-1)
             is_valid = is_valid & (target != item[:, None])
-            queries = _load_rows(hidden, token, is_valid, D, BLOCK_D)
             logits = tl.sum(queries * key[:, None, :], axis=2)
             if BINARY:
                 factors = _sigmoid(logits)
