@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LOG2_E, dot
+from sce_pipeline.losses.kernels.common import LOG2_E, dot, launch, stages
 from sce_pipeline.losses.kernels.rows import cast, load_rows, row_products
 
 UNCOVERED = -(2**63)
@@ -118,7 +118,9 @@ def find_winners(
     tile = tile or tile_of(d, dtype)
     keys = torch.full((n_tokens,), UNCOVERED, device=device)
     positives = torch.empty(n_tokens, dtype=torch.float32, device=device)
-    _losses[(triton.cdiv(size_x, tile.own), n_buckets)](
+    launch(
+        _losses,
+        (triton.cdiv(size_x, tile.own), n_buckets),
         hidden,
         item_embeddings,
         targets,
@@ -136,12 +138,22 @@ def find_winners(
         ITEMS=tile.other,
         DTYPE=TRITON_DTYPES[dtype],
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages(tile.num_stages, d, dtype),
     )
     tokens = torch.empty(n_buckets, size_x, dtype=torch.int32, device=device)
     counts = torch.empty(n_buckets, dtype=torch.int32, device=device)
     losses = torch.empty(n_buckets, dtype=torch.float32, device=device)
-    _winners[(n_buckets,)](bucket_tokens, keys, tokens, counts, losses, size_x, BLOCK=WINNERS_BLOCK)
+    launch(
+        _winners,
+        (n_buckets,),
+        bucket_tokens,
+        keys,
+        tokens,
+        counts,
+        losses,
+        size_x,
+        BLOCK=WINNERS_BLOCK,
+    )
     return Winners(keys, positives, tokens, counts, losses)
 
 
@@ -187,12 +199,12 @@ def gradients(
         "OTHER": tile.other,
         "DTYPE": TRITON_DTYPES[dtype],
         "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "num_stages": stages(tile.num_stages, d, dtype),
     }
     grad_hidden = torch.zeros_like(hidden)
     rests = torch.empty_like(winners.positives)
     grid = (triton.cdiv(size_x, tile.own), n_buckets, triton.cdiv(d, tile.width))
-    _hidden_gradient[grid](*inputs, grad_hidden, rests, *sizes, WIDTH=tile.width, **options)
+    launch(_hidden_gradient, grid, *inputs, grad_hidden, rests, *sizes, WIDTH=tile.width, **options)
 
     summed = d if item_embeddings.dtype == torch.float32 else triton.cdiv(d, 2)
     sums = torch.empty(n_items, summed, dtype=torch.float32, device=hidden.device)
@@ -201,8 +213,17 @@ def gradients(
     grid = (triton.cdiv(size_y, tile.own) + 1, n_buckets, triton.cdiv(summed, width))
     for first in range(0, d, summed):
         sums.zero_()
-        _table_gradient[grid](
-            *inputs, rests, sums, *sizes, FIRST=first, SUMMED=summed, WIDTH=width, **options
+        launch(
+            _table_gradient,
+            grid,
+            *inputs,
+            rests,
+            sums,
+            *sizes,
+            FIRST=first,
+            SUMMED=summed,
+            WIDTH=width,
+            **options,
         )
         if grad_table is not sums:
             grad_table[:, first : first + summed] = sums[:, : d - first]

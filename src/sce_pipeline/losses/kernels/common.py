@@ -1,9 +1,13 @@
-"""What the kernels share."""
+"""What the kernels share: their launch, and their products."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -12,6 +16,56 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(LOG2_E · x): exp2 is what the hardware computes."""
 
 LN_2 = tl.constexpr(0.6931471805599453)
+
+WORD_BYTES = 4
+"""The least that is fetched ahead."""
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch ``kernel`` as ``kernel[grid](*arguments, **constants)`` would, in less time.
+
+    Triton looks at every argument of every launch, which takes longer than some of our kernels run.
+    Here a launch like an earlier one goes to what was compiled for that at once.
+
+    Args:
+        kernel: A function of ``triton.jit`` whose constants come last.
+        grid: Number of programs along up to three axes.
+        arguments: All its arguments but the constants.
+        constants: Its constants, and options such as ``num_warps``.
+    """
+    if INTERPRETED.value:
+        kernel[grid](*arguments, **constants)
+        return
+    kinds = tuple(map(_kind, arguments))
+    key = (id(kernel), torch.cuda.current_device(), kinds, *constants.values())
+    if key in _compiled:
+        compiled, values = _compiled[key]
+        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    names = kernel.arg_names[len(arguments) :]
+    _compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+def _kind(argument: Any) -> Any:
+    """Return all that Triton compiles anew for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    if isinstance(argument, float):
+        return float
+    return argument.base.dtype, tuple(argument.block_shape)
+
+
+def stages(wanted: int, d: int, dtype: torch.dtype) -> int:
+    """Return how many tiles of rows are fetched ahead: one where rows are not of whole words.
+
+    Such rows cannot be fetched ahead, and Triton 3.6 then mixes up what belongs to them.
+    """
+    return 1 if d * dtype.itemsize % WORD_BYTES else wanted
 
 
 @triton.jit
@@ -22,7 +76,9 @@ def dot(a, b, accumulator):
     products of bfloat16: there, both factors are widened first, which changes no value.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, accumulator, input_precision="tf32x3")
-    return tl.dot(a, b, accumulator)
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    elif a.dtype == tl.float32:
+        result = tl.dot(a, b, accumulator, input_precision="tf32x3")
+    else:
+        result = tl.dot(a, b, accumulator)
+    return result

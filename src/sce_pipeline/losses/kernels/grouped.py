@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, launch, stages
 from sce_pipeline.losses.kernels.rows import cast, load_rows
 
 TRITON_DTYPES = {
@@ -93,7 +93,9 @@ def forward(
     shares, log_sums = torch.empty_like(losses), torch.empty_like(losses)
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
     # As many blocks as ragged groups may need, at most: nobody asks the device how many there are.
-    _forward[(n_tokens // tile.tokens + n_groups,)](
+    launch(
+        _forward,
+        (n_tokens // tile.tokens + n_groups,),
         hidden,
         item_embeddings,
         targets,
@@ -117,7 +119,7 @@ def forward(
         BLOCK_K=tile.negatives,
         BLOCK_D=block_d,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages(tile.num_stages, d, dtype),
     )
     return losses, grad_hidden, shares, log_sums
 
@@ -149,7 +151,9 @@ def backward(
     grad_table = torch.zeros_like(item_embeddings, dtype=torch.float32)
     n_programs = n_groups * triton.cdiv(n_negatives, tile.negatives)
     n_splits = min(triton.cdiv(MIN_PROGRAMS, n_programs), triton.cdiv(n_tokens, tile.tokens))
-    _backward[(n_programs, n_splits)](
+    launch(
+        _backward,
+        (n_programs, n_splits),
         scale,
         hidden,
         item_embeddings,
@@ -171,7 +175,7 @@ def backward(
         BLOCK_K=tile.negatives,
         BLOCK_D=block_d,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages(tile.num_stages, d, dtype),
     )
     return grad_table
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sce_pipeline.losses.base import chunks
+from sce_pipeline.losses.kernels.common import launch, stages
 from sce_pipeline.losses.kernels.rows import load_rows, row_products
 
 FEW_ROWS = 2**14
@@ -112,15 +113,25 @@ def filtered_rows(
     n_groups = strides * tile.rows
     room = triton.next_power_of_2(3 * k)
     sizes = {"D": d, "STEP": tile.step, "ROWS": tile.rows, "CENTRES": tile.centres}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": stages(tile.num_stages, d, rows.dtype)}
 
     maxima = torch.empty(n_centres, n_groups, dtype=torch.float32, device=device)
-    _group_maxima[(centre_tiles, strides)](
-        centres, rows, maxima, n_centres, n_rows, **sizes, **options
+    launch(
+        _group_maxima,
+        (centre_tiles, strides),
+        centres,
+        rows,
+        maxima,
+        n_centres,
+        n_rows,
+        **sizes,
+        **options,
     )
     bounds = torch.empty(n_centres, dtype=torch.float32, device=device)
     counts = torch.empty(2, n_centres, dtype=torch.int32, device=device)
-    _bounds[(n_centres,)](
+    launch(
+        _bounds,
+        (n_centres,),
         maxima,
         bounds,
         counts,
@@ -133,7 +144,9 @@ def filtered_rows(
     del maxima
     candidates = torch.empty(n_centres, room, dtype=torch.int32, device=device)
     products = torch.empty(n_centres, room, dtype=torch.float32, device=device)
-    _candidates[(centre_tiles, min(row_tiles, max(1, 4 * PROGRAMS // centre_tiles)))](
+    launch(
+        _candidates,
+        (centre_tiles, min(row_tiles, max(1, 4 * PROGRAMS // centre_tiles))),
         centres,
         rows,
         bounds,
@@ -148,7 +161,9 @@ def filtered_rows(
         **options,
     )
     found = torch.empty(n_centres, k, dtype=torch.int64, device=device)
-    _largest[(n_centres,)](
+    launch(
+        _largest,
+        (n_centres,),
         counts,
         candidates,
         products,

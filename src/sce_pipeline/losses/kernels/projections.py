@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import INTERPRETED
+from sce_pipeline.losses.kernels.common import INTERPRETED, launch, stages
 
 NO_COLUMN = tl.constexpr(2**30)
 
@@ -27,7 +27,7 @@ def tile_for(d: int, dtype: torch.dtype) -> Tile:
     """Return the tile for rows of size ``d`` and factors of ``dtype``."""
     size = d * dtype.itemsize
     if size <= 256:
-        return Tile(rows=128, projections=64, warps=8, stages=3)
+        return Tile(rows=128, projections=32, warps=4, stages=4)
     if size <= 1024:
         return Tile(rows=64, projections=64, warps=4, stages=2)
     return Tile(rows=32, projections=32, warps=4, stages=1)
@@ -55,7 +55,9 @@ def nearest_projections(
     tile = tile or tile_for(d, dtype)
     number = torch.int16 if n_projections < 2**15 else torch.int32
     nearest = torch.empty(n_rounds, n_rows, dtype=number, device=rows.device)
-    _nearest_kernel[(triton.cdiv(n_rows, tile.rows), n_rounds)](
+    launch(
+        _nearest_kernel,
+        (triton.cdiv(n_rows, tile.rows), n_rounds),
         rows,
         projections,
         nearest,
@@ -66,7 +68,7 @@ def nearest_projections(
         BLOCK_PROJECTIONS=tile.projections,
         BLOCK_D=max(16, triton.next_power_of_2(d)),
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=stages(tile.stages, d, rows.dtype),
     )
     return nearest
 

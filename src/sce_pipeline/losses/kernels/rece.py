@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, launch, stages
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.rece import Meetings
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 
 HALF_TILES = {
-    64: Tile(64, 32, 8, 128),
+    64: Tile(64, 32, 4, 168),
     128: Tile(64, 32, 4),
     256: Tile(64, 32, 8),
     512: Tile(32, 32, 8),
@@ -56,7 +56,7 @@ HALF_TILES = {
 """Tiles for factors of 16 bits, by the largest d they are for: those whose registers suffice."""
 
 FLOAT32_TILES = {
-    64: Tile(64, 32, 4),
+    64: Tile(64, 32, 4, 168),
     128: Tile(32, 32, 8),
     256: Tile(16, 16, 8),
     512: Tile(16, 16, 8, 255),
@@ -112,7 +112,9 @@ def token_sums(
     gradient = hidden.new_empty(n_tokens, d, dtype=torch.float32)
     constants = _constants(d, dtype, tile)
     for round_ in range(len(meetings.token_order)):
-        _token_kernel[(triton.cdiv(n_tokens, tile.held),)](
+        launch(
+            _token_kernel,
+            (triton.cdiv(n_tokens, tile.held),),
             hidden,
             item_embeddings,
             targets,
@@ -120,12 +122,14 @@ def token_sums(
             references,
             totals,
             gradient,
-            **_sizes(hidden, item_embeddings, meetings, round_, duplicate_correction),
+            *_sizes(hidden, item_embeddings, meetings, round_, duplicate_correction),
             BLOCK_TOKENS=tile.held,
             BLOCK_ITEMS=tile.passing,
             **constants,
         )
-    _finish_kernel[(triton.cdiv(n_tokens, BLOCK),)](
+    launch(
+        _finish_kernel,
+        (triton.cdiv(n_tokens, BLOCK),),
         hidden,
         item_embeddings,
         targets,
@@ -170,7 +174,9 @@ def table_gradient(
     gradient = torch.empty_like(item_embeddings, dtype=torch.float32)
     constants = _constants(d, dtype, tile)
     for round_ in range(len(meetings.token_order)):
-        _table_kernel[(triton.cdiv(n_items, tile.held),)](
+        launch(
+            _table_kernel,
+            (triton.cdiv(n_items, tile.held),),
             hidden,
             item_embeddings,
             targets,
@@ -178,13 +184,15 @@ def table_gradient(
             sums.log2_partitions,
             scale,
             gradient,
-            **_sizes(hidden, item_embeddings, meetings, round_, duplicate_correction),
+            *_sizes(hidden, item_embeddings, meetings, round_, duplicate_correction),
             BLOCK_TOKENS=tile.passing,
             BLOCK_ITEMS=tile.held,
             **constants,
         )
     by_target = targets.sort(stable=True)
-    _target_kernel[(n_tokens,)](
+    launch(
+        _target_kernel,
+        (n_tokens,),
         hidden,
         by_target.values,
         by_target.indices,
@@ -204,16 +212,17 @@ def _sizes(
     meetings: Meetings,
     round_: int,
     duplicate_correction: bool,
-) -> dict[str, int]:
-    return {
-        "n_tokens": len(hidden),
-        "n_items": len(item_embeddings),
-        "n_chunks": meetings.n_chunks,
-        "n_extra": meetings.n_extra_chunks,
-        "n_rounds": len(meetings.token_order),
-        "round_": round_,
-        "n_earlier": round_ if duplicate_correction else 0,
-    }
+) -> tuple[int, ...]:
+    """Return the numbers of a round, in the order that both kernels take them in."""
+    return (
+        len(hidden),
+        len(item_embeddings),
+        meetings.n_chunks,
+        meetings.n_extra_chunks,
+        len(meetings.token_order),
+        round_,
+        round_ if duplicate_correction else 0,
+    )
 
 
 def _constants(d: int, dtype: torch.dtype, tile: Tile) -> dict[str, object]:
@@ -224,6 +233,7 @@ def _constants(d: int, dtype: torch.dtype, tile: Tile) -> dict[str, object]:
         "SHIFT": 14.0 if dtype == torch.float16 else 0.0,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "num_warps": tile.warps,
+        "num_stages": stages(3, d, dtype),
         "maxnreg": tile.registers,
     }
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, launch
 from sce_pipeline.losses.kernels.rows import cast
 from sce_pipeline.losses.sampling import Draw, Popularity
 
@@ -70,23 +70,24 @@ def forward(
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
     n_segments, n_negatives = draw.offsets.shape
     longest = min(n_tokens, draw.n_items)
-    _forward[(triton.cdiv(longest, tile.rows), n_segments)](
+    launch(
+        _forward,
+        (triton.cdiv(longest, tile.rows), n_segments),
         hidden,
         item_embeddings,
         targets,
-        draw.offsets,
-        draw.coins,
-        *_tables(popularity),
         losses,
         grad_hidden,
         shares,
         log_sums,
         1.0 if beta is None else beta,
+        *_tables(draw, popularity),
         n_tokens,
         draw.n_items,
         n_negatives,
-        *_relabelling(draw.multiplier, draw.n_items),
         draw.coin_step,
+        *_relabelling(draw.multipliers, draw.n_items),
+        BITS=draw.n_items.bit_length() - 1,
         D=d,
         BINARY=beta is not None,
         CORRECTED=corrected,
@@ -120,7 +121,9 @@ def backward(
     by_target, order = targets.int().sort(stable=True)
     first, stop = targets.new_zeros(2, n_items, dtype=torch.int32)
     sums_of_runs = shares.new_empty(n_tokens // RUN.value, d)
-    _find_runs[(triton.cdiv(n_tokens, RUN.value),)](
+    launch(
+        _find_runs,
+        (triton.cdiv(n_tokens, RUN.value),),
         hidden,
         shares,
         by_target,
@@ -135,11 +138,19 @@ def backward(
         BLOCK_D=block_d,
         num_warps=1,
     )
-    numbers = {
-        "n_tokens": n_tokens,
-        "n_items": n_items,
-        "n_negatives": draw.n_negatives,
-        "coin_step": draw.coin_step,
+    arguments = (
+        hidden,
+        item_embeddings,
+        targets,
+        log_sums,
+        *_tables(draw, popularity),
+        n_tokens,
+        n_items,
+        draw.n_negatives,
+        draw.coin_step,
+    )
+    constants = {
+        "BITS": n_items.bit_length() - 1,
         "STEPS": draw.n_negatives.bit_length(),
         "D": d,
         "BINARY": binary,
@@ -149,60 +160,52 @@ def backward(
         "BLOCK_D": block_d,
         "num_warps": tile.num_warps,
     }
-    tables = _tables(popularity)
     sums_of_pieces = pieces_of_item = None
     if popularity is not None:
         n_pieces = len(popularity.pieces_by_length)
         pieces_of_item = popularity.pieces_of_item
         sums_of_pieces = shares.new_empty(n_pieces, d)
-        multiplier, quotient = _relabelling(draw.inverse, n_items)
-        _gather_pieces[(max(1, triton.cdiv(n_pieces, tile.rows)),)](
-            hidden,
-            item_embeddings,
-            targets,
-            draw.offsets,
-            draw.coins,
-            *tables,
+        first_inverse, second_inverse, third_inverse = (
+            pow(multiplier, -1, n_items) for multiplier in draw.multipliers
+        )
+        launch(
+            _gather_pieces,
+            (max(1, triton.cdiv(n_pieces, tile.rows)),),
+            *arguments,
+            *_relabelling((third_inverse, second_inverse, first_inverse), n_items),
             popularity.cells,
             popularity.piece_starts,
             popularity.pieces_by_length,
-            log_sums,
             sums_of_pieces,
-            n_pieces=n_pieces,
-            multiplier=multiplier,
-            quotient=quotient,
-            **numbers,
+            n_pieces,
+            **constants,
         )
     grad_table = torch.empty_like(item_embeddings)
-    multiplier, quotient = _relabelling(draw.multiplier, n_items)
-    _gather_items[(triton.cdiv(n_items, tile.rows),)](
-        scale,
-        hidden,
-        item_embeddings,
-        targets,
-        draw.offsets,
-        draw.coins,
-        *tables,
+    launch(
+        _gather_items,
+        (triton.cdiv(n_items, tile.rows),),
+        *arguments,
+        *_relabelling(draw.multipliers, n_items),
         pieces_of_item,
         sums_of_pieces,
         shares,
-        log_sums,
         order,
         first,
         stop,
         sums_of_runs,
+        scale,
         grad_table,
-        multiplier=multiplier,
-        quotient=quotient,
-        **numbers,
+        **constants,
     )
     return grad_table
 
 
-def _tables(popularity: Popularity | None) -> tuple[Tensor | None, ...]:
+def _tables(draw: Draw, popularity: Popularity | None) -> tuple[Tensor | None, ...]:
     if popularity is None:
-        return None, None, None, None
+        return draw.offsets, None, None, None, None, None
     return (
+        draw.offsets,
+        draw.coins,
         popularity.thresholds,
         popularity.aliases,
         popularity.log_chances,
@@ -214,14 +217,26 @@ def _block_d(matrix: Tensor) -> int:
     return max(16, triton.next_power_of_2(matrix.shape[1]))
 
 
-def _relabelling(multiplier: int, n_items: int) -> tuple[int, int]:
-    """Return a multiplier and its share of ``n_items``, as bits of int32; see ``_relabel``."""
-    quotient = (multiplier << 32) // n_items
-    return multiplier, quotient - ((quotient >> 31) << 32)
+def _relabelling(multipliers: tuple[int, int, int], n_items: int) -> list[int]:
+    """Return each multiplier and its share of ``n_items``, as bits of int32; see ``_product``."""
+    quotients = ((multiplier << 32) // n_items for multiplier in multipliers)
+    signed = (quotient - ((quotient >> 31) << 32) for quotient in quotients)
+    return [number for pair in zip(multipliers, signed, strict=True) for number in pair]
 
 
 # No number that differs from batch to batch may make Triton compile again.
-DRAWN = ["n_tokens", "n_items", "n_negatives", "multiplier", "quotient", "coin_step"]
+DRAWN = [
+    "n_tokens",
+    "n_items",
+    "n_negatives",
+    "coin_step",
+    "a",
+    "a_share",
+    "b",
+    "b_share",
+    "c",
+    "c_share",
+]
 
 
 @triton.jit(do_not_specialize=DRAWN)
@@ -229,23 +244,28 @@ def _forward(
     hidden,
     table,
     targets,
+    losses,
+    grad_hidden,
+    shares,
+    log_sums,
+    beta,
     offsets,
     coins,
     thresholds,
     aliases,
     log_chances,
     log_rests,
-    losses,
-    grad_hidden,
-    shares,
-    log_sums,
-    beta,
     n_tokens,
     n_items,
     n_negatives,
-    multiplier,
-    quotient,
     coin_step,
+    a,
+    a_share,
+    b,
+    b_share,
+    c,
+    c_share,
+    BITS: tl.constexpr,
     D: tl.constexpr,
     BINARY: tl.constexpr,
     CORRECTED: tl.constexpr,
@@ -282,9 +302,9 @@ def _forward(
         at = tl.broadcast_to(segment.to(tl.int64) * n_negatives + slot, [ROWS, SLOTS])
         cell = place[:, None] - (n_items - tl.load(offsets + at, mask=is_valid, other=0))
         cell = tl.where(cell < 0, cell + n_items, cell)
-        item = _relabel(cell, multiplier, quotient, n_items)
+        item = _relabel(cell, a, a_share, b, b_share, c, c_share, n_items, False, BITS)
         if thresholds is not None:
-            coin = _toss(tl.load(coins + at, mask=is_valid, other=0), place[:, None], coin_step)
+            coin = _toss(tl.load(coins + at, mask=is_valid, other=0), item, coin_step)
             is_alias = is_valid & (coin > tl.load(thresholds + item, mask=is_valid, other=0))
             item = tl.load(aliases + item, mask=is_alias, other=item)
         is_valid = is_valid & (item != target[:, None])
@@ -390,24 +410,29 @@ def _gather_pieces(
     hidden,
     table,
     targets,
+    log_sums,
     offsets,
     coins,
     thresholds,
     aliases,
     log_chances,
     log_rests,
-    cells,
-    piece_starts,
-    pieces_by_length,
-    log_sums,
-    sums_of_pieces,
-    n_pieces,
     n_tokens,
     n_items,
     n_negatives,
-    multiplier,
-    quotient,
     coin_step,
+    a,
+    a_share,
+    b,
+    b_share,
+    c,
+    c_share,
+    cells,
+    piece_starts,
+    pieces_by_length,
+    sums_of_pieces,
+    n_pieces,
+    BITS: tl.constexpr,
     STEPS: tl.constexpr,
     D: tl.constexpr,
     BINARY: tl.constexpr,
@@ -435,16 +460,17 @@ def _gather_pieces(
         gradient = _gather(
             gradient,
             key,
-            _relabel(cell, multiplier, quotient, n_items),
+            _relabel(cell, a, a_share, b, b_share, c, c_share, n_items, True, BITS),
             is_cell,
+            cell,
             item,
-            tl.load(thresholds + cell, mask=is_cell, other=0),
             hidden,
             targets,
+            log_sums,
             offsets,
             coins,
+            thresholds,
             log_chances,
-            log_sums,
             n_tokens,
             n_items,
             n_negatives,
@@ -462,31 +488,36 @@ def _gather_pieces(
 
 @triton.jit(do_not_specialize=DRAWN)
 def _gather_items(
-    scale,
     hidden,
     table,
     targets,
+    log_sums,
     offsets,
     coins,
     thresholds,
     aliases,
     log_chances,
     log_rests,
+    n_tokens,
+    n_items,
+    n_negatives,
+    coin_step,
+    a,
+    a_share,
+    b,
+    b_share,
+    c,
+    c_share,
     pieces_of_item,
     sums_of_pieces,
     shares,
-    log_sums,
     order,
     first,
     stop,
     sums_of_runs,
+    scale,
     grad_table,
-    n_tokens,
-    n_items,
-    n_negatives,
-    multiplier,
-    quotient,
-    coin_step,
+    BITS: tl.constexpr,
     STEPS: tl.constexpr,
     D: tl.constexpr,
     BINARY: tl.constexpr,
@@ -499,28 +530,26 @@ def _gather_items(
     cell = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_cell = cell < n_items
     cell = tl.where(is_cell, cell, 0)
-    item = _relabel(cell, multiplier, quotient, n_items)
+    item = _relabel(cell, a, a_share, b, b_share, c, c_share, n_items, False, BITS)
     columns = tl.arange(0, BLOCK_D)
     row = item.to(tl.int64)[:, None] * D + columns[None, :]
     is_row = is_cell[:, None] & (columns < D)[None, :]
     key = tl.load(table + row, mask=is_row, other=0.0).to(tl.float32)
     gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    threshold = cell
-    if thresholds is not None:
-        threshold = tl.load(thresholds + item, mask=is_cell, other=0)
     gradient = _gather(
         gradient,
         key,
         cell,
         is_cell,
         item,
-        threshold,
+        item,
         hidden,
         targets,
+        log_sums,
         offsets,
         coins,
+        thresholds,
         log_chances,
-        log_sums,
         n_tokens,
         n_items,
         n_negatives,
@@ -567,14 +596,15 @@ def _gather(
     key,
     cell,
     is_cell,
+    owner,
     item,
-    threshold,
     hidden,
     targets,
+    log_sums,
     offsets,
     coins,
+    thresholds,
     log_chances,
-    log_sums,
     n_tokens,
     n_items,
     n_negatives,
@@ -588,13 +618,15 @@ def _gather(
 ):
     """Add to ``gradient``, [ROWS, BLOCK_D], that of each cell's item over the tokens that drew it.
 
-    Where there are coins, tokens count whose coin chose the cell's own item or, without ``OWN``,
-    its alias. As offsets increase, the slots in which a token of a segment drew the cell lie side
+    Where there are coins, tokens count whose coin chose the cell's ``owner``, which is the item,
+    or, without ``OWN``, its alias, which then is. As offsets increase, the slots in which a token of a segment drew the cell lie side
     by side, the first after the last.
     """
     BLOCK_D: tl.constexpr = gradient.shape[1]
-    if CORRECTED and coins is not None:
-        log_chance = tl.load(log_chances + item, mask=is_cell, other=0.0)
+    if coins is not None:
+        threshold = tl.load(thresholds + owner, mask=is_cell, other=0)
+        if CORRECTED:
+            log_chance = tl.load(log_chances + item, mask=is_cell, other=0.0)
     for begin in range(0, n_tokens, n_items):
         length = tl.minimum(n_items, n_tokens - begin)
         # The token in place i drew the cell in slots of the offset (cell - i) mod n_items.
@@ -612,7 +644,8 @@ def _gather(
             place = cell[:, None] - tl.load(offsets + slot, mask=is_valid, other=0)
             place = tl.where(place < 0, place + n_items, place)
             if coins is not None:
-                coin = _toss(tl.load(coins + slot, mask=is_valid, other=0), place, coin_step)
+                coin = tl.load(coins + slot, mask=is_valid, other=0)
+                coin = _toss(coin, owner[:, None], coin_step)
                 is_own = coin <= threshold[:, None]
                 is_valid = is_valid & (is_own if OWN else ~is_own)
             token = begin + place
@@ -669,24 +702,52 @@ def _load_rows(matrix, rows, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _relabel(number, multiplier, quotient, n_items):
+def _relabel(
+    number,
+    a,
+    a_share,
+    b,
+    b_share,
+    c,
+    c_share,
+    n_items,
+    INVERSE: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Return the item of each cell, or the cell of each item, as ``Draw.relabel``."""
+    last = n_items - (1 << BITS)
+    number = _fold(_product(number, a, a_share, n_items), last if INVERSE else 0, BITS)
+    number = _fold(_product(number, b, b_share, n_items), 0 if INVERSE else last, BITS)
+    return _product(number, c, c_share, n_items)
+
+
+@triton.jit
+def _fold(number, begin, BITS: tl.constexpr):
+    shifted = number - begin
+    HALF: tl.constexpr = max(1, (BITS + 1) // 2)
+    folded = shifted ^ (shifted >> HALF)
+    return tl.where((shifted >= 0) & (shifted < (1 << BITS)), folded + begin, number)
+
+
+@triton.jit
+def _product(number, multiplier, share, n_items):
     """Return (number · multiplier) mod n_items, exactly, for a number below n_items (Shoup).
 
-    With quotient = ⌊multiplier · 2^32 / n_items⌋, ⌊number · quotient / 2^32⌋ is what the division
-    gives, or less by one. What is left fits into 32 bits, as n_items is below 2^31.
+    With share = ⌊multiplier · 2^32 / n_items⌋, ⌊number · share / 2^32⌋ is what the division gives,
+    or less by one. What is left fits into 32 bits, as n_items is below 2^31.
     """
     number = number.to(tl.uint32)
     n_items = n_items.to(tl.uint32)
-    times = tl.umulhi(number, quotient.to(tl.uint32, bitcast=True))
+    times = tl.umulhi(number, share.to(tl.uint32, bitcast=True))
     product = tl.mul(number, multiplier.to(tl.uint32), sanitize_overflow=False)
     left = tl.sub(product, tl.mul(times, n_items, sanitize_overflow=False), sanitize_overflow=False)
     return tl.where(left >= n_items, left - n_items, left).to(tl.int32)
 
 
 @triton.jit
-def _toss(coin, place, coin_step):
-    """Return the coin of the token in a place of its segment."""
-    grown = tl.mul(place, coin_step, sanitize_overflow=False)
+def _toss(coin, owner, coin_step):
+    """Return the coin of a draw of the cell of ``owner``."""
+    grown = tl.mul(owner, coin_step, sanitize_overflow=False)
     return tl.add(grown, coin, sanitize_overflow=False) & COIN_MASK
 
 
