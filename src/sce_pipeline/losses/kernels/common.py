@@ -57,6 +57,8 @@ def _kind(argument: Any) -> Any:
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if isinstance(argument, float):
         return float
+    if argument is None:
+        return None
     return argument.base.dtype, tuple(argument.block_shape)
 
 

@@ -619,8 +619,8 @@ def _gather(
     """Add to ``gradient``, [ROWS, BLOCK_D], that of each cell's item over the tokens that drew it.
 
     Where there are coins, tokens count whose coin chose the cell's ``owner``, which is the item,
-    or, without ``OWN``, its alias, which then is. As offsets increase, the slots in which a token of a segment drew the cell lie side
-    by side, the first after the last.
+    or, without ``OWN``, its alias, which then is. As offsets increase, the slots in which a token
+    of a segment drew the cell lie side by side, the first after the last.
     """
     BLOCK_D: tl.constexpr = gradient.shape[1]
     if coins is not None:
