@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from sce_pipeline.evaluation.metrics import ndcg
 from sce_pipeline.evaluation.rankers import rank_with_model
 from sce_pipeline.losses import LOSSES
+from sce_pipeline.losses.cce_minus import CCEMinus
 from sce_pipeline.models import SASRec, load_model
 from sce_pipeline.parameters import LossParameters, TrainingParameters
 from sce_pipeline.training.fit import fit
@@ -225,6 +226,23 @@ def test_the_seed_decides_the_order_of_the_windows(tmp_path, monkeypatch):
         orders.append([])
         train(tmp_path, {"name": "ce"}, max_epochs=1, seed=seed)
     assert orders[0] != orders[1]
+
+
+def test_a_loss_that_needs_item_counts_gets_those_of_the_training_items(tmp_path, monkeypatch):
+    seen = []
+    use_item_counts = CCEMinus.use_item_counts
+
+    def watch(loss, counts):
+        seen.append(counts)
+        use_item_counts(loss, counts)
+
+    monkeypatch.setattr(CCEMinus, "use_item_counts", watch)
+    for parameters in PARAMETERS_OF_LOSSES:
+        if parameters["name"] == "cce_minus":
+            train(tmp_path / parameters["sampling"], parameters, max_epochs=1)
+    (counts,) = seen
+    train_sequences, _ = make_sequences(200, seed=0)
+    assert counts.tolist() == np.bincount(train_sequences["items"], minlength=N_ITEMS).tolist()
 
 
 def test_half_precision_that_only_a_gpu_has_is_refused_on_a_cpu(tmp_path):
