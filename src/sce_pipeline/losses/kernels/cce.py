@@ -74,7 +74,7 @@ def tiles(dtype: torch.dtype, d: int, *, table_pass: bool) -> Tiles:
     if size <= 128:
         return Tiles(64, 64, 4, 3)
     if size == 256:
-        return Tiles(64, 64, 4, 2 if table_pass else 3)
+        return Tiles(128, 64, 8, 3) if table_pass else Tiles(64, 64, 4, 3)
     return Tiles(64, 32, 8, 2)
 
 
@@ -370,6 +370,7 @@ def _has_descriptor(rows: Tensor, sizes: Tiles) -> bool:
         rows.shape[1] * rows.element_size() % 16 == 0
         and rows.data_ptr() % 16 == 0
         and block_size(rows.shape[1]) <= LARGEST_BOX
+        and sizes.own < LARGEST_BOX // 2  # wider blocks were faster without
         and rows.element_size() == 2
     )
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 

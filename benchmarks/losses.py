@@ -1,0 +1,379 @@
+"""Times every loss beside its peers: forward and backward, peak memory, error, share of the floor.
+
+    python benchmarks/losses.py --output results.json            # on a CUDA device
+    python benchmarks/losses.py --plot results.json figure.png   # anywhere
+
+Hidden states are random normal, the item table is scaled by 0.7/√d, targets are uniform. Times are
+medians of CUDA events; the peak is what is allocated above the inputs. The floor is the larger of
+two times: the products that the loss cannot do without, at the rate of a large product of bfloat16,
+and its inputs and gradients, each moved once, at the rate of a large copy; both rates are measured
+in the same run. A peer that is not installed is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from sce_pipeline.losses import LOSSES, Histories
+
+SEQUENCE_LENGTH = 200
+
+
+class Work(NamedTuple):
+    """Sizes of a batch and a catalogue."""
+
+    tokens: int
+    items: int
+    d: int
+
+
+class Entry(NamedTuple):
+    """A loss to measure.
+
+    Attributes:
+        name: What it is called in the table.
+        loss: Takes hidden states, item table and targets.
+        exact: Whether it is the cross-entropy over all items.
+        operations: Floating-point operations it cannot do without.
+        dtype: Of the hidden states and the table.
+    """
+
+    name: str
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    exact: bool
+    operations: float
+    dtype: torch.dtype = torch.bfloat16
+
+
+WORKS = [
+    Work(25_600, 173_511, 64),
+    Work(25_600, 1_000_000, 64),
+    Work(51_200, 1_000_000, 64),
+    Work(409_600, 173_511, 64),
+    Work(25_600, 173_511, 256),
+    Work(25_600, 10_000, 64),
+    Work(25_600, 100_000, 64),
+    Work(25_600, 10_000_000, 64),
+]
+
+LONGEST_MS = 1500
+"""A loss that must be expected to take longer is left out, and said."""
+
+BUCKETS = {Work(25_600, 173_511, 64): 320, Work(409_600, 173_511, 64): 882}
+RECE_SETTINGS = {
+    Work(25_600, 173_511, 64): (583, 3, 8),
+    Work(51_200, 1_000_000, 64): (784, 1, 8),
+}
+
+
+def ours(name: str, **parameters: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return a loss of the registry over sequences of equal length."""
+    loss = LOSSES[name](**parameters)
+
+    def compute(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        sequence, histories = batch_of(len(hidden), hidden.device)
+        return loss(hidden, table, targets, sequence, histories)
+
+    return compute
+
+
+_batches: dict[int, tuple[Tensor, Histories]] = {}
+
+
+def batch_of(n_tokens: int, device: torch.device) -> tuple[Tensor, Histories]:
+    """Return the sequence of each token, and histories that nothing is drawn from."""
+    if n_tokens not in _batches:
+        sequence = torch.arange(n_tokens, device=device) // SEQUENCE_LENGTH
+        n_sequences = math.ceil(n_tokens / SEQUENCE_LENGTH)
+        offsets = torch.zeros(n_sequences + 1, dtype=torch.int64, device=device)
+        _batches[n_tokens] = sequence, Histories(offsets[:0], offsets)
+    return _batches[n_tokens]
+
+
+def entries(work: Work) -> list[Entry]:
+    """Return all that is measured at a size."""
+    tokens, items, d = work
+    full = 8.0 * tokens * items * d
+    cce = partial(ours, "cce", label_smoothing=0.0, z_loss=0.0, logit_scale=1.0, skip_mass=0.0)
+    minus = {"sampling": "uniform", "log_correction": True, "impl": "triton"}
+    sampled = {"exclude": "target", "impl": "triton"}
+    found = [
+        Entry("CCE", cce(impl="triton"), True, full),
+        Entry("CCE, float32", cce(impl="triton"), True, full, torch.float32),
+        Entry("CCE in PyTorch, float32", cce(impl="torch"), True, full, torch.float32),
+        Entry("CE, PyTorch", ours("ce"), True, full),
+        Entry("CE, PyTorch, float32", ours("ce"), True, full, torch.float32),
+    ]
+    found += [Entry(name, loss, True, full) for name, loss in peers().items()]
+    for n_negatives in (256, 1023):
+        loss = ours("cce_minus", n_negatives=n_negatives, shared="token", **minus)
+        found.append(Entry(f"CCE⁻ {n_negatives}", loss, False, 8.0 * tokens * n_negatives * d))
+    of_1024 = 8.0 * tokens * 1024 * d
+    loss = ours("cce_minus", n_negatives=1024, shared="tile", **minus)
+    found.append(Entry("CCE⁻ 1024, in a tile", loss, False, of_1024))
+    sequence = {"n_negatives": 1024, "shared": "sequence", **sampled}
+    loss = ours("ce_minus", log_correction=False, **sequence)
+    found.append(Entry("CE⁻ 1024, in a sequence", loss, False, of_1024))
+    loss = ours("ce_minus", log_correction=False, **{**sequence, "impl": "torch"})
+    found.append(Entry("CE⁻ 1024, in a sequence, PyTorch", loss, False, of_1024))
+    loss = ours("bce", n_negatives=256, shared="token", **sampled)
+    found.append(Entry("BCE 256", loss, False, of_1024 / 4))
+    loss = ours("bce", n_negatives=256, shared="token", exclude="target", impl="torch")
+    found.append(Entry("BCE 256, PyTorch", loss, False, of_1024 / 4))
+    loss = ours("gbce", n_negatives=256, shared="token", t=0.75, **sampled)
+    found.append(Entry("gBCE 256", loss, False, of_1024 / 4))
+
+    n_buckets = BUCKETS.get(work, math.isqrt(4 * tokens))
+    shape = {"n_buckets": n_buckets, "bucket_size_x": n_buckets, "bucket_size_y": 256}
+    in_buckets = 8.0 * n_buckets**2 * 256 * d + 2.0 * n_buckets * (tokens + items) * d
+    for impl in ("triton", "torch"):
+        loss = ours("sce", **shape, mix_x=False, impl=impl)
+        name = f"SCE {n_buckets}/{n_buckets}/256"
+        found.append(
+            Entry(name + (", PyTorch" if impl == "torch" else ""), loss, False, in_buckets)
+        )
+    automatic = math.isqrt(12 * min(tokens, items)), 1, 4
+    chunks, extra, rounds = RECE_SETTINGS.get(work, automatic)
+    projected = 2.0 * rounds * chunks * (tokens + items) * d
+    met = 8.0 * rounds * tokens * items * (1 + 2 * extra) / chunks * d
+    loss = ours(
+        "rece",
+        n_buckets=chunks,
+        n_extra_chunks=extra,
+        n_rounds=rounds,
+        duplicate_correction=True,
+        impl="triton",
+    )
+    found.append(Entry(f"RECE {chunks}, {extra}, {rounds}", loss, False, projected + met))
+    return found
+
+
+def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Return the exact losses of other packages, those that are installed."""
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    if (package := _try("cut_cross_entropy")) is not None:
+        found["cut-cross-entropy, filtered"] = package.linear_cross_entropy
+        found["cut-cross-entropy, exact"] = partial(package.linear_cross_entropy, filter_eps=None)
+    if (package := _try("liger_kernel.ops.fused_linear_cross_entropy")) is not None:
+        function = package.LigerFusedLinearCrossEntropyFunction
+        found["Liger-Kernel"] = lambda x, w, y: _first(function.apply(x, w, y))
+    if hasattr(functional, "linear_cross_entropy"):
+        found["torch linear_cross_entropy"] = functional.linear_cross_entropy
+    return found
+
+
+def _try(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        _say_once(f"left out {module}: {error}")
+        return None
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        print(message)
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def draw(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, item table and targets on the device."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    hidden = torch.randn(work.tokens, work.d, device="cuda", generator=generator)
+    table = torch.empty(work.items, work.d, device="cuda", dtype=dtype)
+    for part in table.split(2**20):  # a table of float32 beside it may not fit
+        part.copy_(torch.randn(part.shape, device="cuda", generator=generator) * 0.7 / work.d**0.5)
+    targets = torch.randint(work.items, (work.tokens,), device="cuda", generator=generator)
+    return hidden.to(dtype), table, targets
+
+
+_paces: dict[str, float] = {}
+
+
+def measure(entry: Entry, work: Work, rates: tuple[float, float]) -> dict[str, Any]:
+    """Return time, memory, errors and floor of a loss at a size."""
+    row: dict[str, Any] = {"loss": entry.name, **work._asdict()}
+    if entry.operations * _paces.get(entry.name, 0.0) > LONGEST_MS:
+        row["failed"] = f"left out: longer than {LONGEST_MS} ms"
+        return row
+    hidden, table, targets = draw(work, entry.dtype)
+    hidden.requires_grad_()
+    table.requires_grad_()
+
+    def step() -> Tensor:
+        hidden.grad = table.grad = None
+        loss = entry.loss(hidden, table, targets)
+        loss.backward()
+        return loss
+
+    try:
+        step()
+        torch.cuda.synchronize()
+        hidden.grad = table.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = step()
+        torch.cuda.synchronize()
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        row["value"] = float(loss)
+        del loss
+        row["ms"] = triton.testing.do_bench(step, warmup=20, rep=120, return_mode="median")
+        _paces[entry.name] = row["ms"] / entry.operations
+    except torch.OutOfMemoryError:
+        row["failed"] = "out of memory"
+        return row
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:80]}"
+        return row
+    finally:
+        _free()
+    moved = 2 * sum(part.numel() * part.element_size() for part in (hidden, table))
+    row["floor_ms"] = 1e3 * max(entry.operations / rates[0], moved / rates[1])
+    if entry.exact and work in CHECKED:
+        step()
+        row |= errors(hidden, table, targets)
+    return row
+
+
+CHECKED = {Work(25_600, 10_000, 64), Work(25_600, 173_511, 64), Work(25_600, 173_511, 256)}
+
+
+def errors(hidden: Tensor, table: Tensor, targets: Tensor) -> dict[str, float]:
+    """Return the relative errors of both gradients against float64."""
+    x, w = hidden.detach().double(), table.detach().double()
+    grad_x, grad_w = torch.empty_like(x), torch.zeros_like(w)
+    for start in range(0, len(x), 1024):
+        rows = slice(start, start + 1024)
+        p = (x[rows] @ w.T).softmax(1)
+        p.scatter_add_(1, targets[rows, None], p.new_full((len(p), 1), -1.0))
+        p /= len(x)
+        grad_x[rows] = p @ w
+        grad_w += p.T @ x[rows]
+    assert hidden.grad is not None  # noqa: S101
+    assert table.grad is not None  # noqa: S101
+    return {
+        "error_hidden": float((hidden.grad.double() - grad_x).norm() / grad_x.norm()),
+        "error_table": float((table.grad.double() - grad_w).norm() / grad_w.norm()),
+    }
+
+
+def _free() -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def ceilings() -> tuple[float, float]:
+    """Return the rates of a product of bfloat16, in operations/s, and of a copy, in bytes/s."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    ms = triton.testing.do_bench(lambda: a @ b, rep=200, return_mode="median")
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copied = triton.testing.do_bench(lambda: target.copy_(source), rep=200, return_mode="median")
+    return 2e3 * size**3 / ms, 2e3 * source.numel() * source.element_size() / copied
+
+
+def run(output: Path) -> None:
+    """Measure everything and write it to ``output``."""
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/losses.py measures on a CUDA device, and there is none here")
+    rates = ceilings()
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "product_tflops": rates[0] / 1e12,
+        "copy_tbs": rates[1] / 1e12,
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    rows: list[dict[str, Any]] = []
+    for work in WORKS:
+        print(f"\n{work.tokens:,} tokens x {work.items:,} items x {work.d}")
+        for entry in entries(work):
+            rows.append(measure(entry, work, rates))
+            print(line(rows[-1]), flush=True)
+            output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    if "failed" in row:
+        return f"{row['loss']:34} {row['failed']}"
+    text = f"{row['loss']:34} {row['ms']:9.3f} ms {row['peak_mb']:10,.1f} MB"
+    text += f" {row['floor_ms'] / row['ms']:6.0%} of the floor {row['floor_ms']:.2f} ms"
+    if "error_hidden" in row:
+        text += f"  errors {row['error_hidden']:.1e} {row['error_table']:.1e}"
+    return text
+
+
+def plot(results: Path, figure: Path) -> None:
+    """Draw time and memory of each loss against the size of the catalogue."""
+    from matplotlib import pyplot  # noqa: PLC0415 - needed for the figure alone
+
+    content = json.loads(results.read_text())
+    pyplot.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+    _, panels = pyplot.subplots(1, 2, figsize=(12, 5.5), sharex=True, layout="constrained")
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        if "failed" not in row and (row["tokens"], row["d"]) == (25_600, 64):
+            name = "RECE" if row["loss"].startswith("RECE") else row["loss"]
+            series.setdefault(name, []).append(row)
+    for number, (name, rows) in enumerate(series.items()):
+        rows.sort(key=lambda row: row["items"])
+        style = {
+            "marker": "osD^v<>Pp"[number % 9],
+            "markersize": 4,
+            "linewidth": 2.4 if name == "CCE" else 1.1,
+            "linestyle": "--" if "PyTorch" in name or "cut-" in name or "Liger" in name else "-",
+            "color": pyplot.get_cmap("tab20")(number % 20),
+        }
+        for panel, key in zip(panels, ("ms", "peak_mb"), strict=True):
+            panel.plot(
+                [row["items"] for row in rows], [row[key] for row in rows], label=name, **style
+            )
+    for panel, title in zip(panels, ("milliseconds a step", "peak memory, MB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="items in the catalogue", title=title)
+    machine = content["machine"]
+    panels[0].figure.suptitle(
+        "Forward and backward of 25,600 tokens, d 64, bfloat16 unless said, on "
+        f"{machine['device']}, torch {machine['torch']}"
+    )
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    panels[0].figure.savefig(figure, dpi=130)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, default=Path("losses.json"))
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "FIGURE"))
+    arguments = parser.parse_args()
+    if arguments.plot:
+        plot(*arguments.plot)
+    else:
+        run(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
