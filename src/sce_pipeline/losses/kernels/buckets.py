@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LOG2_E, dot, launch, stages
+from sce_pipeline.losses.kernels.common import LOG2_E, dot, launch, log1p, stages
 from sce_pipeline.losses.kernels.rows import cast, load_rows, row_products
 
 UNCOVERED = -(2**63)
@@ -206,7 +206,7 @@ def gradients(
     grid = (triton.cdiv(size_x, tile.own), n_buckets, triton.cdiv(d, tile.width))
     launch(_hidden_gradient, grid, *inputs, grad_hidden, rests, *sizes, WIDTH=tile.width, **options)
 
-    summed = d if item_embeddings.dtype == torch.float32 else triton.cdiv(d, 2)
+    summed = d if item_embeddings.dtype == torch.float32 else 2 * triton.cdiv(d, 4)
     sums = torch.empty(n_items, summed, dtype=torch.float32, device=hidden.device)
     grad_table = sums if summed == d else torch.empty_like(item_embeddings)
     width = min(padded(summed), tile.width)
@@ -233,13 +233,6 @@ def gradients(
 def padded(d: int) -> int:
     """Return the columns of a block that holds ``d``."""
     return max(16, triton.next_power_of_2(d))
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) to full precision for small x >= 0: the rounding of 1 + x cancels."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit(do_not_specialize=["n_items", "size_x", "size_y"])
@@ -293,7 +286,7 @@ def _losses(
         total = total * tl.exp2((largest - larger) * LOG2_E) + tl.sum(terms, 1)
         largest = larger
     above = largest + tl.log(tl.exp2(-largest * LOG2_E) + total)
-    loss = tl.where(largest > 0, above, _log1p(total))
+    loss = tl.where(largest > 0, above, log1p(total))
 
     # Losses are at least 0, so their bits compare as they do, if NaN has but one sign.
     bits = tl.where(loss == loss, loss.to(tl.int32, bitcast=True), 0x7FC00000)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, log1p
 from sce_pipeline.losses.kernels.rows import cast, load_rows
 
 SAFE_BITS = tl.constexpr(100)
@@ -307,11 +307,8 @@ def _finish_hidden(
     everything = of_others + of_target
     log2_sum = highest + tl.log2(everything)
     log_sum = log2_sum * LN_2
-    # log(1 + ratio), to the last bit of a small ratio.
     ratio = of_others / of_target
-    one_more = 1.0 + ratio
-    small = tl.where(one_more == 1.0, ratio, tl.log(one_more) * (ratio / (one_more - 1.0)))
-    loss = tl.where(ratio < 1.0, small, log_sum - z_target * LN_2)
+    loss = tl.where(ratio < 1.0, log1p(ratio), log_sum - z_target * LN_2)
     miss = of_others / everything
     weight = -miss
     row_factor = tl.full([BLOCK], 1.0, tl.float32)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
@@ -85,3 +84,24 @@ def dot(a, b, accumulator):
     else:
         result = tl.dot(a, b, accumulator)
     return result
+
+
+@triton.jit
+def log1p(x):
+    """Return log(1 + x) for x >= 0, to the last bits also where x is small."""
+    rounded = 1.0 + x
+    # Where 1 + x was rounded, the logarithm is off by the same share as x is.
+    return tl.where(rounded == 1.0, x, tl.log(rounded) * (x / (rounded - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + exp(x))."""
+    return tl.maximum(x, 0.0) + log1p(tl.exp2(-tl.abs(x) * LOG2_E))
+
+
+@triton.jit
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x))."""
+    small = tl.exp2(-tl.abs(x) * LOG2_E)
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)

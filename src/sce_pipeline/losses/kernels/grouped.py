@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, launch, stages
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, launch, sigmoid, softplus, stages
 from sce_pipeline.losses.kernels.rows import cast, load_rows
 
 TRITON_DTYPES = {
@@ -231,8 +231,8 @@ def _forward(
         collides = item[None, :] == identity[:, None]
         logits = tl.where(collides, float("-inf"), logits + weight[None, :])
         if BINARY:
-            total += tl.sum(_softplus(logits), axis=1)
-            factors = _sigmoid(logits) * SCALE
+            total += tl.sum(softplus(logits), axis=1)
+            factors = sigmoid(logits) * SCALE
         else:
             if log_masses is not None:
                 n_valid += tl.sum(tl.where(logits == float("-inf"), 0.0, 1.0), axis=1)
@@ -242,7 +242,7 @@ def _forward(
         gradient = dot(cast(factors, DTYPE), key, gradient)
 
     if BINARY:
-        loss, share = beta * _softplus(-positive) + total, beta * _sigmoid(-positive)
+        loss, share = beta * softplus(-positive) + total, beta * sigmoid(-positive)
         factor = tl.full([BLOCK_T], 1.0 / SCALE, tl.float32)
     else:
         correction = tl.zeros([BLOCK_T], tl.float32)
@@ -252,7 +252,7 @@ def _forward(
         # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
         # nearly all of the sum.
         log_odds = largest + (tl.log2(total) - LOG2_SCALE) * LN_2 + correction - positive
-        loss, share = _softplus(log_odds), _sigmoid(log_odds)
+        loss, share = softplus(log_odds), sigmoid(log_odds)
         factor = share / tl.where(total == 0, 1.0, total)
         tl.store(log_sums + token, positive + loss - correction, mask=is_token)
     embedding = load_rows(table, target, is_token & is_item, 0, D, BLOCK_D)
@@ -308,7 +308,7 @@ def _backward(
         collides = item[:, None] == target[None, :]
         logits = tl.where(collides, float("-inf"), logits + weight[:, None])
         if BINARY:
-            factors = _sigmoid(logits) * SCALE
+            factors = sigmoid(logits) * SCALE
         else:
             log_sum = tl.load(log_sums + token, mask=is_token, other=float("inf"))
             factors = tl.exp2(logits * LOG2_E - (log_sum * LOG2_E - LOG2_SCALE)[None, :])
@@ -401,21 +401,3 @@ def _first_block(group, begin, BLOCK_T: tl.constexpr):
     ragged groups are laid out without adding up their blocks.
     """
     return begin // BLOCK_T + group
-
-
-@triton.jit
-def _log1p(x):
-    """Return log(1 + x) for 0 <= x <= 1, to the last bits also where x is small."""
-    rounded = 1 + x
-    return tl.log(rounded) - ((rounded - 1) - x) / rounded
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + _log1p(tl.exp2(-tl.abs(x) * LOG2_E))
-
-
-@triton.jit
-def _sigmoid(x):
-    small = tl.exp2(-tl.abs(x) * LOG2_E)
-    return tl.where(x >= 0, 1.0, small) / (1 + small)
