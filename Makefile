@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint format viz clean
+# make test-gpu: set up, then on a CUDA device the tests of all that computes on one.
+.PHONY: run test test-gpu lint format viz clean
 
 run: $(INSTALLED)
 	$(BIN)/kedro run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
+	$(BIN)/python -m pytest -n 8 tests/losses tests/models tests/evaluation tests/training
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
