@@ -107,7 +107,8 @@ def entries(work: Work) -> list[Entry]:
     """Return all that is measured at a size."""
     tokens, items, d = work
     full = 8.0 * tokens * items * d
-    cce = partial(ours, "cce", label_smoothing=0.0, z_loss=0.0, logit_scale=1.0, skip_mass=0.0)
+    plain = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0, "skip_mass": 0.0}
+    cce = partial(ours, "cce", **plain, logq_correction=False)
     minus = {"sampling": "uniform", "log_correction": True, "impl": "triton"}
     sampled = {"exclude": "target", "impl": "triton"}
     found = [

@@ -161,6 +161,7 @@ class CCEParameters(Parameters):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     z_loss: NonNegativeFloat
     logit_scale: PositiveFloat
+    logq_correction: bool
     skip_mass: Annotated[float, Field(ge=0, lt=1)]
     impl: Implementation
 

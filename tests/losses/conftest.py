@@ -20,6 +20,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "label_smoothing": 0.1,
             "z_loss": 0.01,
             "logit_scale": 2.0,
+            "logq_correction": False,
             "skip_mass": 0.0,
             "impl": "auto",
         },

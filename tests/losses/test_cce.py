@@ -6,7 +6,13 @@ import torch
 from sce_pipeline.losses import LOSSES
 from sce_pipeline.losses.cce import cut_cross_entropy
 
-PLAIN = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0, "skip_mass": 0.0}
+PLAIN = {
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "logit_scale": 1.0,
+    "logq_correction": False,
+    "skip_mass": 0.0,
+}
 
 
 def oracle(x, w, targets, bias, label_smoothing, z_loss, logit_scale, normalized):
@@ -69,6 +75,19 @@ def test_value_and_gradients(batch, options, biased):
 def test_it_is_the_full_cross_entropy(batch, agree):
     other = batch.like()
     agree(LOSSES["cce"](**PLAIN, impl="auto")(*batch), batch, LOSSES["ce"]()(*other), other)
+
+
+def test_logq_correction_subtracts_the_log_of_the_share_of_interactions(make_batch, agree):
+    batch, counts = make_batch((4, 3), n_items=5), torch.tensor([7, 1, 0, 2, 9])
+    loss = LOSSES["cce"](**{**PLAIN, "logq_correction": True}, impl="auto")
+    with pytest.raises(RuntimeError, match="call use_item_counts first"):
+        loss(*batch)
+    loss.use_item_counts(counts)
+    other = batch.like()
+    logits = other.hidden @ other.item_embeddings.T
+    logits = logits - torch.log(torch.tensor([7, 1, 1, 2, 9]).double() / 20)
+    agree(loss(*batch), batch, torch.nn.functional.cross_entropy(logits, other.targets), other)
+    assert "log_probability" not in loss.state_dict()
 
 
 def test_the_logits_never_stand_whole(make_batch, largest_tensor, monkeypatch):

@@ -23,6 +23,7 @@ CCE_OPTIONS = {
     "label_smoothing": 0.0,
     "z_loss": 0.0,
     "logit_scale": 1.0,
+    "logq_correction": False,
     "skip_mass": 0.0,
     "impl": "auto",
 }

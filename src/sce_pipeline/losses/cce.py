@@ -27,6 +27,9 @@ class CCE(Loss):
             other item's ε / n_items.
         z_loss: Factor of the squared logsumexp, which keeps it near 0 (Chowdhery et al., 2022).
         logit_scale: Factor of the inner products, an inverse temperature.
+        logq_correction: Whether the log of an item's share of the training interactions is
+            subtracted from its logit (Menon et al., 2021), which needs ``use_item_counts``; an item
+            that occurs nowhere counts once. Ranking is by the inner products alone.
         skip_mass: Softmax mass of a token that may be left out of its gradients, in blocks of items
             that have next to none; 0 leaves out nothing. See ``cut_cross_entropy``.
         impl: Which implementation computes; see ``losses.implementation``.
@@ -38,15 +41,24 @@ class CCE(Loss):
         label_smoothing: float,
         z_loss: float,
         logit_scale: float,
+        logq_correction: bool,
         skip_mass: float,
         impl: Implementation,
     ) -> None:
         super().__init__()
+        self.needs_item_counts = logq_correction
+        self.log_probability: Tensor | None
+        self.register_buffer("log_probability", None, persistent=False)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.logit_scale = logit_scale
         self.skip_mass = skip_mass
         self.impl = impl
+
+    def use_item_counts(self, counts: Tensor) -> None:
+        """Correct by these counts from now on."""
+        counts = counts.clamp(min=1).double()
+        self.log_probability = (counts / counts.sum()).log().float()
 
     def _mean_loss(
         self,
@@ -56,10 +68,16 @@ class CCE(Loss):
         sequence: Tensor,
         histories: Histories,
     ) -> Tensor:
+        if self.needs_item_counts and self.log_probability is None:
+            raise RuntimeError(
+                "cce with logq_correction needs to know how often each item occurs; "
+                "call use_item_counts first"
+            )
         return cut_cross_entropy(
             hidden,
             item_embeddings,
             targets,
+            log_probability=self.log_probability,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             logit_scale=self.logit_scale,
