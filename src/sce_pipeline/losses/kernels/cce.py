@@ -53,13 +53,23 @@ class Terms(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes of a launch: rows of its own, rows they meet at a time, warps, stages, registers."""
+    """How a pass is launched.
+
+    Attributes:
+        own: Rows of a program.
+        other: Rows that they meet at a time.
+        warps: Warps of a program.
+        stages: Tiles of other rows on their way at a time.
+        registers: Most registers of a thread, or ``None`` for as many as it takes.
+        copied: Whether the copy engine fetches the tiles, where it can.
+    """
 
     own: int
     other: int
     warps: int
     stages: int
     registers: int | None = None
+    copied: bool = True
 
 
 def tiles(dtype: torch.dtype, d: int, *, table_pass: bool) -> Tiles:
@@ -74,7 +84,7 @@ def tiles(dtype: torch.dtype, d: int, *, table_pass: bool) -> Tiles:
     if size <= 128:
         return Tiles(64, 64, 4, 3)
     if size == 256:
-        return Tiles(128, 64, 8, 3) if table_pass else Tiles(64, 64, 4, 3)
+        return Tiles(128, 64, 8, 3, copied=False) if table_pass else Tiles(64, 64, 4, 3)
     return Tiles(64, 32, 8, 2)
 
 
@@ -367,10 +377,10 @@ def _p_scale(dtype: torch.dtype, terms: Terms) -> float:
 def _has_descriptor(rows: Tensor, sizes: Tiles) -> bool:
     """Return whether the copy engine can fetch tiles of ``rows``."""
     return (
-        rows.shape[1] * rows.element_size() % 16 == 0
+        sizes.copied
+        and rows.shape[1] * rows.element_size() % 16 == 0
         and rows.data_ptr() % 16 == 0
         and block_size(rows.shape[1]) <= LARGEST_BOX
-        and sizes.own < LARGEST_BOX // 2  # wider blocks were faster without
         and rows.element_size() == 2
     )
 
