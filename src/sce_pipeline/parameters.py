@@ -218,7 +218,7 @@ class SCEParameters(Parameters):
     bucket_size_x: PositiveInt | Literal["auto"]
     bucket_size_y: PositiveInt
     mix_x: bool
-    impl: Literal["auto", "torch", "triton"]
+    impl: Implementation
 
 
 class RECEParameters(Parameters):

@@ -111,9 +111,11 @@ def test_gradients_come_only_where_they_are_asked_for(make_batch):
     ("options", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and under 1, got 1.0"),
-        ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
-        ({"logit_scale": 0.0}, "logit_scale must be positive, got 0.0"),
+        ({"z_loss": -1.0}, "z_loss must be at least 0 and finite, got -1.0"),
+        ({"z_loss": float("nan")}, "z_loss must be at least 0 and finite, got nan"),
+        ({"logit_scale": 0.0}, "logit_scale must be positive and finite, got 0.0"),
         ({"skip_mass": 1.0}, "skip_mass must be at least 0 and under 1, got 1.0"),
+        ({"impl": "trion"}, "impl must be one of auto, torch, triton, got 'trion'"),
         ({"item_bias": torch.zeros(3)}, r"expected item_bias of \(9,\), got \(3,\)"),
         ({"log_probability": torch.zeros(9, 1)}, r"log_probability of \(9,\), got \(9, 1\)"),
     ],
@@ -122,6 +124,20 @@ def test_what_is_refused(make_batch, options, message):
     batch = make_batch((5, 3), n_items=9)
     with pytest.raises(ValueError, match=message):
         cut_cross_entropy(batch.hidden, batch.item_embeddings, batch.targets, **options)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_tensors_that_do_not_fit_together_are_refused(impl, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    hidden, table, targets = torch.randn(5, 16), torch.randn(9, 16), torch.zeros(5).long()
+    with pytest.raises(ValueError, match=r"got hidden \(5, 16\), item_embeddings \(9, 12\)"):
+        cut_cross_entropy(hidden, table[:, :12], targets, impl=impl)
+    with pytest.raises(ValueError, match=r"and targets \(tokens,\), got .* targets \(3,\)"):
+        cut_cross_entropy(hidden, table, targets[:3], impl=impl)
+    with pytest.raises(ValueError, match="a catalogue of at least one item"):
+        cut_cross_entropy(hidden, table[:0], targets, impl=impl)
+    with pytest.raises(TypeError, match=r"expected int64 targets, got torch\.int32"):
+        cut_cross_entropy(hidden, table, targets.int(), impl=impl)
 
 
 def test_triton_refuses_what_it_cannot_compute(make_batch, monkeypatch):

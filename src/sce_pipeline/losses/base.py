@@ -76,7 +76,7 @@ class Loss(nn.Module, ABC):
             IndexError: A target or a sequence number is out of range. This is looked at on a CPU
                 only: elsewhere the look would make the host wait for the device.
         """
-        _check(hidden, item_embeddings, targets, sequence)
+        check_tensors(hidden, item_embeddings, targets=targets, sequence=sequence)
         if not self.needs_histories:
             histories = Histories(targets[:0], targets[:0])
         elif histories is None:
@@ -157,31 +157,37 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
-def _check(hidden: Tensor, item_embeddings: Tensor, targets: Tensor, sequence: Tensor) -> None:
-    shapes = (
-        f"hidden {_size(hidden)}, item_embeddings {_size(item_embeddings)}, "
-        f"targets {_size(targets)}, sequence {_size(sequence)}"
-    )
+def check_tensors(hidden: Tensor, item_embeddings: Tensor, **per_token: Tensor) -> None:
+    """Raise unless shapes, devices and dtypes fit together.
+
+    Args:
+        hidden: [tokens, d].
+        item_embeddings: [n_items, d].
+        per_token: Numbers of each token, int64 [tokens], by their names.
+
+    Raises:
+        TypeError: The dtypes do not fit together.
+        ValueError: The shapes or devices do not fit together, or there is a token but no item.
+    """
+    tensors = {"hidden": hidden, "item_embeddings": item_embeddings, **per_token}
+    shapes = ", ".join(f"{name} {_size(tensor)}" for name, tensor in tensors.items())
     if (
         hidden.dim() != 2  # noqa: PLR2004
         or item_embeddings.dim() != 2  # noqa: PLR2004
         or hidden.shape[1] != item_embeddings.shape[1]
-        or targets.shape != hidden.shape[:1]
-        or sequence.shape != hidden.shape[:1]
+        or any(tensor.shape != hidden.shape[:1] for tensor in per_token.values())
     ):
-        raise ValueError(
-            "expected hidden (tokens, d), item_embeddings (n_items, d), targets (tokens,) and "
-            f"sequence (tokens,), got {shapes}"
-        )
+        wanted = ["hidden (tokens, d)", "item_embeddings (n_items, d)"]
+        wanted += [f"{name} (tokens,)" for name in per_token]
+        raise ValueError(f"expected {_listed(wanted)}, got {shapes}")
     if len(hidden) and not len(item_embeddings):
         raise ValueError(f"expected a catalogue of at least one item, got {shapes}")
-    tensors = (hidden, item_embeddings, targets, sequence)
-    if any(tensor.device != hidden.device for tensor in tensors):
+    if any(tensor.device != hidden.device for tensor in tensors.values()):
         raise ValueError(
-            "expected all arguments on one device, got hidden, item_embeddings, targets and "
-            f"sequence on {', '.join(str(tensor.device) for tensor in tensors)}"
+            f"expected all arguments on one device, got {_listed(list(tensors))} "
+            f"on {', '.join(str(tensor.device) for tensor in tensors.values())}"
         )
-    for name, tensor in (("targets", targets), ("sequence", sequence)):
+    for name, tensor in per_token.items():
         if tensor.dtype != torch.int64:
             raise TypeError(f"expected int64 {name}, got {tensor.dtype}")
     # Under autocast a backbone may return half precision beside a float32 table, as for a linear
@@ -197,6 +203,10 @@ def _check(hidden: Tensor, item_embeddings: Tensor, targets: Tensor, sequence: T
             "expected hidden and item_embeddings in one floating dtype, "
             f"got {hidden.dtype} and {item_embeddings.dtype}"
         )
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]])
 
 
 def _check_histories(histories: Histories, device: torch.device) -> None:

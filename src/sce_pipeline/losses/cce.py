@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import Histories, Loss, at_least_float32, chunks
+from sce_pipeline.losses.base import Histories, Loss, at_least_float32, check_tensors, chunks
 from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class CCE(Loss):
         logit_scale: float,
         logq_correction: bool,
         skip_mass: float,
-        impl: Implementation,
+        impl: Implementation = "auto",
     ) -> None:
         super().__init__()
         self.needs_item_counts = logq_correction
@@ -56,7 +57,7 @@ class CCE(Loss):
         self.impl = impl
 
     def use_item_counts(self, counts: Tensor) -> None:
-        """Correct by these counts from now on."""
+        """Correct by these counts from now on; to be called before the loss goes to its device."""
         counts = counts.clamp(min=1).double()
         self.log_probability = (counts / counts.sum()).log().float()
 
@@ -111,8 +112,9 @@ def cut_cross_entropy(
     token i thus loses at most δ of its softmax in each of the two gradients: that of its own loss
     is off by at most ``δ·logit_scale·max_c ‖w_c‖``, and those of the mean loss by the items'
     embeddings, summed over the items, by at most ``δ·logit_scale·mean_i ‖x_i‖`` (without z-loss,
-    which multiplies both by ``max |1 + 2·z_loss·lse|``). Value and lse stay exact. Only the kernels
-    gain by it; PyTorch computes everything.
+    which multiplies both by ``max |1 + 2·z_loss·lse|``; where ``normalized``, these are bounds of
+    the gradients by the normalised rows, and 1 stands for the norms). Value and lse stay exact.
+    Only the kernels gain by it; PyTorch computes everything.
 
     Args:
         hidden: Hidden states x, floating [tokens, d].
@@ -133,18 +135,20 @@ def cut_cross_entropy(
         A scalar, in float32 or, for float64 arguments, in float64. No token gives 0.
 
     Raises:
+        TypeError: The dtypes do not fit together.
         ValueError: Shapes, numbers or devices are not as said, or ``impl`` cannot compute them.
     """
+    check_tensors(hidden, item_embeddings, targets=targets)
     for name, values in (("item_bias", item_bias), ("log_probability", log_probability)):
         if values is not None:
             _check_per_item(name, values, item_embeddings)
     for name, share in (("label_smoothing", label_smoothing), ("skip_mass", skip_mass)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be at least 0 and under 1, got {share}")
-    if z_loss < 0:
-        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
-    if logit_scale <= 0:
-        raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
     if not len(hidden):
         return at_least_float32(hidden.sum() + item_embeddings[:0].sum())
     bias = None if item_bias is None else at_least_float32(item_bias)

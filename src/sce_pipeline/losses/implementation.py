@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,8 +32,11 @@ def takes_triton(
         deterministic: Whether the kernels give the same bits every time.
 
     Raises:
-        ValueError: ``impl`` is ``triton``, and the kernels cannot compute this batch.
+        ValueError: ``impl`` is none of these, or is ``triton``, and the kernels cannot compute
+            this batch.
     """
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Implementation))}, got {impl!r}")
     if impl == "torch":
         return False
     reason = _why_not(hidden, item_embeddings)

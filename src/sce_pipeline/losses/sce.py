@@ -235,14 +235,8 @@ def fused_bucketed_cross_entropy(
     """Return what ``bucketed_cross_entropy`` does, through the Triton kernels.
 
     Of buckets that tie, one has the whole gradient, a subgradient as good as that of their mean.
-    Rows of an odd number of half-precision columns get one column more: compiled by Triton 3.6, the
-    gradient of the table was wrong for them.
     """
     dtype = compute_dtype(hidden, item_embeddings)
-    if hidden.shape[1] % 2 and dtype != torch.float32:
-        hidden, item_embeddings = (
-            functional.pad(rows, (0, 1)) for rows in (hidden, item_embeddings)
-        )
     return _FusedBuckets.apply(hidden, item_embeddings, targets, *buckets, dtype)
 
 

@@ -83,6 +83,8 @@ def random_buckets(n_tokens, n_items, n_buckets, size_x, size_y, seed=0):
         (1, 9, 5, 3, 1, 4),
         (40, 90, 20, 4, 17, 71),
         (90, 40, 33, 2, 70, 40),
+        (90, 40, 17, 2, 70, 40),
+        (200, 80, 49, 2, 150, 40),
     ],
 )
 def test_value_and_gradients(dtype, n_tokens, n_items, d, n_buckets, size_x, size_y):

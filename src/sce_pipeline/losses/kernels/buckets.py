@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LOG2_E, dot, launch, log1p, stages
+from sce_pipeline.losses.kernels.common import LOG2_E, TRITON_DTYPES, dot, launch, log1p, padded
 from sce_pipeline.losses.kernels.rows import cast, load_rows, row_products
 
 UNCOVERED = -(2**63)
@@ -25,12 +25,6 @@ WINNERS_BLOCK = 1024
 
 TARGETS_BLOCK = tl.constexpr(16)
 """Targets whose gradient is added at a time."""
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
 P_SCALE = tl.constexpr(2.0**14)
 """Probabilities are so much larger while they are float16, of which small ones would be 0."""
@@ -138,7 +132,7 @@ def find_winners(
         ITEMS=tile.other,
         DTYPE=TRITON_DTYPES[dtype],
         num_warps=tile.num_warps,
-        num_stages=stages(tile.num_stages, d, dtype),
+        num_stages=tile.num_stages,
     )
     tokens = torch.empty(n_buckets, size_x, dtype=torch.int32, device=device)
     counts = torch.empty(n_buckets, dtype=torch.int32, device=device)
@@ -199,7 +193,7 @@ def gradients(
         "OTHER": tile.other,
         "DTYPE": TRITON_DTYPES[dtype],
         "num_warps": tile.num_warps,
-        "num_stages": stages(tile.num_stages, d, dtype),
+        "num_stages": tile.num_stages,
     }
     grad_hidden = torch.zeros_like(hidden)
     rests = torch.empty_like(winners.positives)
@@ -209,7 +203,9 @@ def gradients(
     summed = d if item_embeddings.dtype == torch.float32 else 2 * triton.cdiv(d, 4)
     sums = torch.empty(n_items, summed, dtype=torch.float32, device=hidden.device)
     grad_table = sums if summed == d else torch.empty_like(item_embeddings)
-    width = min(padded(summed), tile.width)
+    # With a narrower tile beside rows of an odd number of columns, which are not fetched ahead,
+    # ptxas 12.8 reads a register that nothing wrote.
+    width = min(padded(d if d % 2 else summed), tile.width)
     grid = (triton.cdiv(size_y, tile.own) + 1, n_buckets, triton.cdiv(summed, width))
     for first in range(0, d, summed):
         sums.zero_()
@@ -228,11 +224,6 @@ def gradients(
         if grad_table is not sums:
             grad_table[:, first : first + summed] = sums[:, : d - first]
     return grad_hidden, grad_table
-
-
-def padded(d: int) -> int:
-    """Return the columns of a block that holds ``d``."""
-    return max(16, triton.next_power_of_2(d))
 
 
 @triton.jit(do_not_specialize=["n_items", "size_x", "size_y"])

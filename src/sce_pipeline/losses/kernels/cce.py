@@ -17,7 +17,7 @@ from sce_pipeline.losses.kernels.cce_passes import (
     scale_kernel,
     table_kernel,
 )
-from sce_pipeline.losses.kernels.common import launch, stages
+from sce_pipeline.losses.kernels.common import launch, padded
 
 MOST_SHARES = 16
 """Into which a block is split; their sums are joined one after the other."""
@@ -74,7 +74,7 @@ class Tiles(NamedTuple):
 
 def tiles(dtype: torch.dtype, d: int, *, table_pass: bool) -> Tiles:
     """Return the sizes that ran fastest on an H100."""
-    size = block_size(d)
+    size = padded(d)
     if dtype == torch.float32:
         if size <= 64:
             return Tiles(64, 32, 4, 3)
@@ -86,11 +86,6 @@ def tiles(dtype: torch.dtype, d: int, *, table_pass: bool) -> Tiles:
     if size == 256:
         return Tiles(128, 64, 8, 3, copied=False) if table_pass else Tiles(64, 64, 4, 3)
     return Tiles(64, 32, 8, 2)
-
-
-def block_size(d: int) -> int:
-    """Return the power of two, at least 16, that holds a row."""
-    return max(16, triton.next_power_of_2(d))
 
 
 class Schedule(NamedTuple):
@@ -140,7 +135,7 @@ def row_norms(rows: Tensor) -> Tensor:
     """Return the Euclidean norm of each row, float32 [n]."""
     n, d = rows.shape
     norms = torch.empty(n, dtype=torch.float32, device=rows.device)
-    block = max(1, 8192 // block_size(d))
+    block = max(1, 8192 // padded(d))
     launch(
         row_norms_kernel,
         (triton.cdiv(n, block),),
@@ -149,7 +144,7 @@ def row_norms(rows: Tensor) -> Tensor:
         n,
         D=d,
         BLOCK=block,
-        BLOCK_D=block_size(d),
+        BLOCK_D=padded(d),
     )
     return norms
 
@@ -205,15 +200,16 @@ def hidden_pass(
     losses = new(n_tokens)
     sums = Sums(lse, new(n_tokens), torch.empty_like(x) if grad else None)
     n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
-    parts = new(n_parts, sizes.own, block_size(d) if grad else 0)
+    parts = new(n_parts, sizes.own, padded(d) if grad else 0)
     part_sums, part_maxima = new(n_parts, sizes.own), new(n_parts, sizes.own)
+    part_safe = torch.empty(n_parts, dtype=torch.int32, device=x.device)
     fast = x.dtype == torch.bfloat16
     bounds = _logit_bounds(w, terms) if fast else empty
     has_descriptor = _has_descriptor(w, sizes)
     options = dict(
         D=d,
         BLOCK=sizes.own,
-        BLOCK_D=block_size(d),
+        BLOCK_D=padded(d),
         GRAD=grad,
         FAST=fast,
         P_SCALE=_p_scale(x.dtype, terms),
@@ -234,6 +230,7 @@ def hidden_pass(
         parts,
         part_sums,
         part_maxima,
+        part_safe,
         n_tokens,
         n_items,
         plan.n_whole,
@@ -245,7 +242,7 @@ def hidden_pass(
     launch(
         hidden_kernel,
         (plan.n_programs,),
-        TensorDescriptor.from_tensor(w, [sizes.other, block_size(d)]) if has_descriptor else w,
+        TensorDescriptor.from_tensor(w, [sizes.other, padded(d)]) if has_descriptor else w,
         plan.tiles_per_share,
         terms.skip_mass / triton.cdiv(n_items, sizes.other),
         *arguments,
@@ -253,10 +250,10 @@ def hidden_pass(
         DESCRIPTOR=has_descriptor,
         SKIP=terms.skip_mass > 0,
         **options,
-        **_launch_options(sizes, x),
+        **_launch_options(sizes),
     )
     if n_parts:
-        launch(join_hidden_kernel, (plan.n_split,), *arguments, **options)
+        launch(join_hidden_kernel, (plan.n_split,), *arguments, **options, num_warps=sizes.warps)
     return losses, sums
 
 
@@ -297,14 +294,14 @@ def table_pass(
     empty = torch.empty(0, dtype=torch.float32, device=x.device)
     new = empty.new_empty
     n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
-    parts, bias_parts = new(n_parts, sizes.own, block_size(d)), new(n_parts, sizes.own)
+    parts, bias_parts = new(n_parts, sizes.own, padded(d)), new(n_parts, sizes.own)
     grad = torch.empty_like(w, dtype=dtype)
     of_bias = new(n_items) if grad_bias else None
     has_descriptor = _has_descriptor(x, sizes)
     options = dict(
         D=d,
         BLOCK=sizes.own,
-        BLOCK_D=block_size(d),
+        BLOCK_D=padded(d),
         EXACT=x.dtype == torch.float32,
         P_SCALE=_p_scale(x.dtype, terms),
         GRAD_BIAS=grad_bias,
@@ -336,7 +333,7 @@ def table_pass(
     launch(
         table_kernel,
         (plan.n_programs,),
-        TensorDescriptor.from_tensor(x, [sizes.other, block_size(d)]) if has_descriptor else x,
+        TensorDescriptor.from_tensor(x, [sizes.other, padded(d)]) if has_descriptor else x,
         plan.tiles_per_share,
         terms.skip_mass / plan.n_blocks,
         *arguments,
@@ -344,10 +341,10 @@ def table_pass(
         DESCRIPTOR=has_descriptor,
         SKIP=terms.skip_mass > 0,
         **options,
-        **_launch_options(sizes, x),
+        **_launch_options(sizes),
     )
     if n_parts:
-        launch(join_table_kernel, (plan.n_split,), *arguments, **options)
+        launch(join_table_kernel, (plan.n_split,), *arguments, **options, num_warps=sizes.warps)
     return grad, of_bias
 
 
@@ -360,9 +357,8 @@ def _flags(terms: Terms) -> dict[str, bool]:
     }
 
 
-def _launch_options(sizes: Tiles, rows: Tensor) -> dict[str, int]:
-    n_stages = stages(sizes.stages, rows.shape[1], rows.dtype)
-    options = {"num_warps": sizes.warps, "num_stages": n_stages}
+def _launch_options(sizes: Tiles) -> dict[str, int]:
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
     return options if sizes.registers is None else {**options, "maxnreg": sizes.registers}
 
 
@@ -380,7 +376,7 @@ def _has_descriptor(rows: Tensor, sizes: Tiles) -> bool:
         sizes.copied
         and rows.shape[1] * rows.element_size() % 16 == 0
         and rows.data_ptr() % 16 == 0
-        and block_size(rows.shape[1]) <= LARGEST_BOX
+        and padded(rows.shape[1]) <= LARGEST_BOX
         and rows.element_size() == 2
     )
 

@@ -24,7 +24,7 @@ TARGET_BLOCK = tl.constexpr(32)
 _SIZES = ["n_tokens", "n_items", "n_whole", "n_shares", "tiles_per_share"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def row_norms_kernel(rows, norms, n, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store the norm of each row."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -144,7 +144,7 @@ def _hidden_tile(
 def hidden_kernel(
     w_tiles, tiles_per_share, skip,
     x, w, targets, bias, token_scale, item_scale, mean_item, bounds, mean_bias,
-    losses, lse, target_weights, grad, parts, part_sums, part_maxima,
+    losses, lse, target_weights, grad, parts, part_sums, part_maxima, part_safe,
     n_tokens, n_items, n_whole, n_shares, scale, smoothing, z_loss,
     TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, SKIP: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr,
@@ -198,6 +198,7 @@ def hidden_kernel(
         row = (pid - n_whole) * BLOCK + tl.arange(0, BLOCK)
         tl.store(part_sums + row, total)
         tl.store(part_maxima + row, maximum)
+        tl.store(part_safe + pid - n_whole, tl.where(safe, 1, 0))
         if GRAD:
             _store_rows(parts, row, row >= 0, acc, BLOCK_D, BLOCK_D)
 
@@ -205,7 +206,7 @@ def hidden_kernel(
 @triton.jit(do_not_specialize=_SIZES[:-1])
 def join_hidden_kernel(
     x, w, targets, bias, token_scale, item_scale, mean_item, bounds, mean_bias,
-    losses, lse, target_weights, grad, parts, part_sums, part_maxima,
+    losses, lse, target_weights, grad, parts, part_sums, part_maxima, part_safe,
     n_tokens, n_items, n_whole, n_shares, scale, smoothing, z_loss,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr,
     FAST: tl.constexpr, P_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZED: tl.constexpr,
@@ -216,7 +217,7 @@ def join_hidden_kernel(
     x_tile = load_rows(x, token, token < n_tokens, 0, D, BLOCK_D)
     target = _load_targets(targets, token, token < n_tokens, n_items)
     factor = _token_factor(token_scale, token, n_tokens, scale, NORMALIZED)
-    _, safe = _bound(x_tile, factor, bounds, FAST, HAS_BIAS)
+    safe = tl.load(part_safe + tl.program_id(0) * n_shares) == 1
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)

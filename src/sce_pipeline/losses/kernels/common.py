@@ -17,10 +17,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
-WORD_BYTES = 4
-"""The least that is fetched ahead."""
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def padded(d: int) -> int:
+    """Return the columns of a tile that holds ``d``: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(d))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -38,8 +46,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if INTERPRETED.value:
         kernel[grid](*arguments, **constants)
         return
-    kinds = tuple(map(_kind, arguments))
-    key = (id(kernel), torch.cuda.current_device(), kinds, *constants.values())
+    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    if device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **constants)
+        return
+    key = (id(kernel), device.index, tuple(map(_kind, arguments)), *constants.items())
     if key in _compiled:
         compiled, values = _compiled[key]
         compiled[(*grid, 1, 1)[:3]](*arguments, *values)
@@ -60,14 +72,6 @@ def _kind(argument: Any) -> Any:
     if argument is None:
         return None
     return argument.base.dtype, tuple(argument.block_shape)
-
-
-def stages(wanted: int, d: int, dtype: torch.dtype) -> int:
-    """Return how many tiles of rows are fetched ahead: one where rows are not of whole words.
-
-    Such rows cannot be fetched ahead, and Triton 3.6 then mixes up what belongs to them.
-    """
-    return 1 if d * dtype.itemsize % WORD_BYTES else wanted
 
 
 @triton.jit

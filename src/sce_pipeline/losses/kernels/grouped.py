@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, launch, sigmoid, softplus, stages
+from sce_pipeline.losses.kernels.common import (
+    LN_2,
+    LOG2_E,
+    TRITON_DTYPES,
+    dot,
+    launch,
+    padded,
+    sigmoid,
+    softplus,
+)
 from sce_pipeline.losses.kernels.rows import cast, load_rows
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 LOG2_SCALE = tl.constexpr(14.0)
 """Probabilities enter products times 2**14, so that float16 holds the small ones as well."""
@@ -86,7 +89,7 @@ def forward(
     """
     n_tokens, d = hidden.shape
     n_groups, n_negatives = items.shape
-    block_d = max(16, triton.next_power_of_2(d))
+    block_d = padded(d)
     tiles = FORWARD_TILES_OF_FLOAT32 if dtype == torch.float32 else FORWARD_TILES
     tile = tile or tiles[max(block_d, 64)]
     losses = hidden.new_empty(n_tokens, dtype=torch.float32)
@@ -119,7 +122,7 @@ def forward(
         BLOCK_K=tile.negatives,
         BLOCK_D=block_d,
         num_warps=tile.num_warps,
-        num_stages=stages(tile.num_stages, d, dtype),
+        num_stages=tile.num_stages,
     )
     return losses, grad_hidden, shares, log_sums
 
@@ -145,7 +148,7 @@ def backward(
     """
     n_tokens, d = hidden.shape
     n_groups, n_negatives = items.shape
-    block_d = max(16, triton.next_power_of_2(d))
+    block_d = padded(d)
     tiles = BACKWARD_TILES_OF_FLOAT32 if dtype == torch.float32 else BACKWARD_TILES
     tile = tile or tiles[max(block_d, 64)]
     grad_table = torch.zeros_like(item_embeddings, dtype=torch.float32)
@@ -175,7 +178,7 @@ def backward(
         BLOCK_K=tile.negatives,
         BLOCK_D=block_d,
         num_warps=tile.num_warps,
-        num_stages=stages(tile.num_stages, d, dtype),
+        num_stages=tile.num_stages,
     )
     return grad_table
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sce_pipeline.losses.base import chunks
-from sce_pipeline.losses.kernels.common import launch, stages
+from sce_pipeline.losses.kernels.common import launch, padded
 from sce_pipeline.losses.kernels.rows import load_rows, row_products
 
 FEW_ROWS = 2**14
@@ -53,7 +53,7 @@ class Tile(NamedTuple):
 
 def tile_of(d: int, dtype: torch.dtype, rows_dtype: torch.dtype) -> Tile:
     """Return a tile that stays in registers and shared memory, for factors of ``dtype``."""
-    step = max(16, triton.next_power_of_2(d))
+    step = padded(d)
     if dtype == torch.float32 and step > 64:
         step = 32
     row_bytes = 64 * step * rows_dtype.itemsize
@@ -113,7 +113,7 @@ def filtered_rows(
     n_groups = strides * tile.rows
     room = triton.next_power_of_2(3 * k)
     sizes = {"D": d, "STEP": tile.step, "ROWS": tile.rows, "CENTRES": tile.centres}
-    options = {"num_warps": tile.num_warps, "num_stages": stages(tile.num_stages, d, rows.dtype)}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
     maxima = torch.empty(n_centres, n_groups, dtype=torch.float32, device=device)
     launch(

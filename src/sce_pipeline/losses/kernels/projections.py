@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import INTERPRETED, launch, stages
+from sce_pipeline.losses.kernels.common import INTERPRETED, launch, padded
 
 NO_COLUMN = tl.constexpr(2**30)
 
@@ -66,9 +66,9 @@ def nearest_projections(
         D=d,
         BLOCK_ROWS=tile.rows,
         BLOCK_PROJECTIONS=tile.projections,
-        BLOCK_D=max(16, triton.next_power_of_2(d)),
+        BLOCK_D=padded(d),
         num_warps=tile.warps,
-        num_stages=stages(tile.stages, d, rows.dtype),
+        num_stages=tile.stages,
     )
     return nearest
 

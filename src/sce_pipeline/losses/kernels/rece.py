@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, dot, launch, stages
+from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, TRITON_DTYPES, dot, launch, padded
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.rece import Meetings
@@ -24,8 +24,6 @@ NOWHERE = tl.constexpr(2**30)
 
 LOWEST = tl.constexpr(-1e30)
 """Below every logit, and finite, so that no difference of two is NaN."""
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 BLOCK = 16
 """Tokens that a program holds where there is no product of matrices."""
@@ -228,21 +226,20 @@ def _sizes(
 def _constants(d: int, dtype: torch.dtype, tile: Tile) -> dict[str, object]:
     return {
         "D": d,
-        "DTYPE": DTYPES[dtype],
+        "DTYPE": TRITON_DTYPES[dtype],
         # Probabilities are multiplied by 2^SHIFT before the cast: float16 has none below 2^-24.
         "SHIFT": 14.0 if dtype == torch.float16 else 0.0,
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "BLOCK_D": padded(d),
         "num_warps": tile.warps,
-        "num_stages": stages(3, d, dtype),
         "maxnreg": tile.registers,
     }
 
 
 def _row_constants(d: int, dtype: torch.dtype) -> dict[str, object]:
-    block_d = max(16, triton.next_power_of_2(d))
+    block_d = padded(d)
     return {
         "D": d,
-        "DTYPE": DTYPES[dtype],
+        "DTYPE": TRITON_DTYPES[dtype],
         "BLOCK": BLOCK,
         "BLOCK_D": block_d,
         "num_warps": max(1, min(4, block_d // 64)),

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import launch
+from sce_pipeline.losses.kernels.common import launch, padded
 from sce_pipeline.losses.kernels.sampled_passes import (
     RUN,
     find_runs_kernel,
@@ -72,7 +72,7 @@ def forward(
     longest = min(n_tokens, draw.n_items)
     launch(
         forward_kernel,
-        (triton.cdiv(longest, tile.rows), n_segments),
+        (triton.cdiv(longest, tile.rows) * n_segments,),
         hidden,
         item_embeddings,
         targets,
@@ -214,7 +214,7 @@ def _tables(draw: Draw, popularity: Popularity | None) -> tuple[Tensor | None, .
 
 
 def _block_d(matrix: Tensor) -> int:
-    return max(16, triton.next_power_of_2(matrix.shape[1]))
+    return padded(matrix.shape[1])
 
 
 def _relabelling(multipliers: tuple[int, int, int], n_items: int) -> list[int]:

@@ -63,8 +63,9 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Some tokens of a segment meet their negatives, a few slots at a time."""
-    segment = tl.program_id(1)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n_blocks = tl.cdiv(tl.minimum(n_tokens, n_items), ROWS)
+    segment = tl.program_id(0) // n_blocks
+    place = tl.program_id(0) % n_blocks * ROWS + tl.arange(0, ROWS)
     is_place = place < tl.minimum(n_items, n_tokens - segment * n_items)
     token = segment * n_items + place
     columns = tl.arange(0, BLOCK_D)
