@@ -1,7 +1,7 @@
 """Times every loss beside its peers: forward and backward, peak memory, error, share of the floor.
 
     python benchmarks/losses.py --output results.json            # on a CUDA device
-    python benchmarks/losses.py --plot results.json figure.png   # anywhere
+    python benchmarks/losses.py --plot results.json figure.png   # anywhere, with matplotlib
 
 Hidden states are random normal, the item table is scaled by 0.7/√d, targets are uniform. Times are
 medians of CUDA events; the peak is what is allocated above the inputs. The floor is the larger of
