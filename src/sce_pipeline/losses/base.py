@@ -126,6 +126,15 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``gradient`` times ``scale``, one number, in ``dtype``: rounded once, and not copied.
+
+    A number by itself would be rounded to the dtype of a gradient in half precision first, and all
+    of it be off by the same share.
+    """
+    return torch.mul(gradient, scale.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
+
+
 def target_logits(hidden: Tensor, item_embeddings: Tensor, targets: Tensor) -> Tensor:
     """Return the logit of each token's target, [tokens], in float32 at least."""
     # Unlike indexing, functional.embedding sums its gradient in the same order every time.

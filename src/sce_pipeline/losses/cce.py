@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import Histories, Loss, at_least_float32, check_tensors, chunks
+from sce_pipeline.losses.base import (
+    Histories,
+    Loss,
+    at_least_float32,
+    check_tensors,
+    chunks,
+    scaled,
+)
 from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
 
 if TYPE_CHECKING:
@@ -270,7 +277,7 @@ class _TwoPasses(torch.autograd.Function):
         of_hidden, of_table = ctx.dtypes
         grad_hidden = None
         if sums.grad is not None:
-            grad_hidden = kernels.scaled(sums.grad, grad, len(x), of_hidden)
+            grad_hidden = scaled(sums.grad, grad / len(x), of_hidden)
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None
         with_bias = ctx.needs_input_grad[2]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import chunks, matmul, target_logits
+from sce_pipeline.losses.base import chunks, matmul, scaled, target_logits
 from sce_pipeline.losses.implementation import compute_dtype
 
 
@@ -109,9 +109,8 @@ class _GroupedLoss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_table = ctx.run_backward(scale, *arguments, shares, log_sums, **ctx.options)
             grad_table = grad_table.to(item_embeddings.dtype)
-        # One kernel multiplies in float32 and rounds.
-        scaled = torch.mul(grad_hidden, scale, out=torch.empty_like(hidden))
-        return scaled, grad_table, None, None, None, None, None
+        grad_hidden = scaled(grad_hidden, scale, hidden.dtype)
+        return grad_hidden, grad_table, None, None, None, None, None
 
 
 def _implementation(triton: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:

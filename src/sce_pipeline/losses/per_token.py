@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import at_least_float32, chunks, matmul, target_logits
+from sce_pipeline.losses.base import at_least_float32, chunks, matmul, scaled, target_logits
 from sce_pipeline.losses.sampling import Draw, Popularity
 
 
@@ -105,8 +105,7 @@ class _PerTokenLoss(torch.autograd.Function):
         hidden, item_embeddings, targets, grad_hidden, shares, log_sums = ctx.saved_tensors
         scale = grad / (len(hidden) * ctx.n_terms)
         if grad_hidden is not None:
-            # Rounded once, from float32 and without a copy in it.
-            grad_hidden = torch.mul(grad_hidden, scale, out=torch.empty_like(hidden))
+            grad_hidden = scaled(grad_hidden, scale, hidden.dtype)
         grad_table = None
         if ctx.needs_input_grad[1]:
             run = _triton_backward if ctx.options.triton else _torch_backward

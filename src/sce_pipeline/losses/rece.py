@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sce_pipeline.losses.base import Histories, Loss, at_least_float32, chunks, target_logits
+from sce_pipeline.losses.base import (
+    Histories,
+    Loss,
+    at_least_float32,
+    chunks,
+    scaled,
+    target_logits,
+)
 from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
 
 
@@ -377,7 +384,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         scale = grad / len(hidden)
         grad_hidden = grad_table = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (sums.hidden_gradient * scale).to(hidden.dtype)
+            grad_hidden = scaled(sums.hidden_gradient, scale, hidden.dtype)
         if ctx.needs_input_grad[1]:
             grad_table = table_gradient(
                 hidden,

@@ -14,7 +14,6 @@ from sce_pipeline.losses.kernels.cce_passes import (
     join_hidden_kernel,
     join_table_kernel,
     row_norms_kernel,
-    scale_kernel,
     table_kernel,
 )
 from sce_pipeline.losses.kernels.common import launch, padded
@@ -147,20 +146,6 @@ def row_norms(rows: Tensor) -> Tensor:
         BLOCK_D=padded(d),
     )
     return norms
-
-
-def scaled(values: Tensor, factor: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
-    """Return ``values`` times ``factor``, one element, over ``divisor``, computed in float32.
-
-    PyTorch would round the factor to the dtype of half-precision values, which is as bad as it can
-    be: all of them would be off by the same share.
-    """
-    out = torch.empty_like(values, dtype=dtype)
-    n, block = values.numel(), 4096
-    launch(
-        scale_kernel, (triton.cdiv(n, block),), values, factor, float(divisor), out, n, BLOCK=block
-    )
-    return out
 
 
 class Sums(NamedTuple):

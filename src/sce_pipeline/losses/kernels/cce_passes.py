@@ -48,15 +48,6 @@ def _store_rows(rows, row, mask, values, D: tl.constexpr, BLOCK_D: tl.constexpr)
     )
 
 
-@triton.jit(do_not_specialize=["n"])
-def scale_kernel(values, factor, divisor, out, n, BLOCK: tl.constexpr):
-    """Store ``values`` times ``factor`` over ``divisor``, rounded once."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scaled = tl.load(values + place, mask=place < n, other=0.0).to(tl.float32)
-    scaled *= tl.load(factor).to(tl.float32) / divisor
-    tl.store(out + place, cast(scaled, out.dtype.element_ty), mask=place < n)
-
-
 @triton.jit
 def _load_tile(
     rows, tile, n, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, DESC: tl.constexpr
