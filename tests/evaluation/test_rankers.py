@@ -47,7 +47,9 @@ def test_the_model_ranks_as_one_user_at_a_time(model, sequences, filter_seen):
     def scores_of(history):
         last = torch.tensor(history[-4:])
         with torch.no_grad():
-            hidden = model.encode_last(last, Packing.from_lengths(torch.tensor([len(last)])))[0]
+            hidden = model.encode_last(
+                model.embed(last), Packing.from_lengths(torch.tensor([len(last)]))
+            )[0]
         return (model.item_embeddings.double() @ hidden.double()).tolist()
 
     assert not model.training

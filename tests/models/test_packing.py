@@ -38,7 +38,27 @@ def test_gradients_pass_through_padding():
     assert torch.equal(tokens.grad, packing.unpad(weights))
 
 
-@pytest.mark.parametrize("lengths", [[], [2, 0, 1]])
-def test_empty_sequences_are_refused(lengths):
+@given(lengths, st.data())
+def test_split_gives_the_packings_of_the_parts(lengths, data):
+    cut = data.draw(st.integers(1, len(lengths)))
+    parts = [part for part in (lengths[:cut], lengths[cut:]) if part]
+    found = list(Packing.from_lengths(torch.tensor(lengths)).split(map(len, parts)))
+    assert len(found) == len(parts)
+    for packing, part in zip(found, parts, strict=True):
+        expected = Packing.from_lengths(torch.tensor(part))
+        for name, values in vars(expected).items():
+            assert torch.equal(getattr(packing, name), values), name
+        assert packing.longest == max(part)
+
+
+def test_a_sequence_may_be_empty():
+    packing = Packing.from_lengths(torch.tensor([2, 0, 1]))
+    assert packing.offsets.tolist() == [0, 2, 2, 3]
+    assert packing.sequence.tolist() == [0, 0, 2]
+    assert packing.place.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [2, -1, 1]])
+def test_a_packing_without_tokens_is_refused(lengths):
     with pytest.raises(ValueError, match="at least one token"):
         Packing.from_lengths(torch.tensor(lengths, dtype=torch.int64))

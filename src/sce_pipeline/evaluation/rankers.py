@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlock
 from sce_pipeline.evaluation.ranking import rank_all
-from sce_pipeline.models import SASRec
+from sce_pipeline.models import Backbone
 
 
 @torch.inference_mode()
 def rank_with_model(
-    model: SASRec, sequences: Mapping[str, np.ndarray], k: int, filter_seen: bool
+    model: Backbone, sequences: Mapping[str, np.ndarray], k: int, filter_seen: bool
 ) -> dict[str, np.ndarray]:
     """Rank by a trained backbone, on the device it is on.
 
@@ -24,7 +24,7 @@ def rank_with_model(
     model.eval()
 
     def encode(block: UserBlock) -> Tensor:
-        return model.encode_last(block.items, block.packing)
+        return model.encode_last(model.embed(block.items), block.packing)
 
     return rank_all(encode, model.item_embeddings, sequences, k, filter_seen)
 

@@ -6,32 +6,34 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sce_pipeline.models.backbone import Backbone
 from sce_pipeline.models.packing import Packing
 from sce_pipeline.models.sasrec import SASRec
 from sce_pipeline.parameters import SASRecParameters
 
-__all__ = ["Packing", "SASRec", "build_model", "load_model"]
+__all__ = ["Backbone", "Packing", "SASRec", "build_model", "load_model"]
 
 
-def build_model(parameters: SASRecParameters, n_items: int, max_length: int) -> SASRec:
+def build_model(parameters: SASRecParameters, n_items: int, max_length: int) -> Backbone:
     """Return a freshly initialised backbone for a catalogue and a longest history."""
     return SASRec(n_items, max_length, **parameters.model_dump(exclude={"name"}))
 
 
-def load_model(parameters: SASRecParameters, weights: Mapping[str, Tensor]) -> SASRec:
-    """Return the backbone with saved weights, which tell its catalogue and longest history.
+def load_model(
+    parameters: SASRecParameters, weights: Mapping[str, Tensor], max_length: int
+) -> Backbone:
+    """Return the backbone with saved weights, for histories of at most ``max_length`` items.
 
     Raises:
-        ValueError: The weights are of another architecture than ``parameters`` say.
+        ValueError: The weights are of another architecture or length than is asked for.
     """
     try:
         n_items = weights["item_embedding.weight"].shape[0]
-        max_length = weights["position_embedding.weight"].shape[0]
         model = build_model(parameters, n_items, max_length)
         model.load_state_dict(dict(weights))
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"the saved weights do not fit training.model = {parameters!r}; "
-            f"evaluate with the parameters that they were trained with: {error}"
+            f"the saved weights do not fit training.model = {parameters!r} and max_length = "
+            f"{max_length}; evaluate with the parameters that they were trained with: {error}"
         ) from error
     return model

@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sce_pipeline.models.attention import attend
+from sce_pipeline.models.backbone import Backbone, xavier_initialize
 from sce_pipeline.models.packing import Packing
 
 LAYER_NORM_EPSILON = 1e-8
 
 
-class SASRec(nn.Module):
+class SASRec(Backbone):
     """Causal transformer over item histories, in the arithmetic of the SCE paper's code.
 
     Scaled item embeddings and learned positions, blocks of attention with normalised queries over
@@ -37,50 +39,28 @@ class SASRec(nn.Module):
         n_heads: int,
         dropout: float,
     ) -> None:
-        super().__init__()
-        self.item_embedding = nn.Embedding(n_items, hidden_size)
+        super().__init__(n_items, max_length, hidden_size)
         self.position_embedding = nn.Embedding(max_length, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, n_heads, dropout) for _ in range(n_blocks)
         )
         self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        xavier_initialize(self)
 
-    @property
-    def item_embeddings(self) -> Tensor:
-        """The live item table [n_items, d]: input embeddings and output classifier in one."""
-        return self.item_embedding.weight
-
-    @property
-    def max_length(self) -> int:
-        """Longest history the positions reach, in items."""
-        return self.position_embedding.num_embeddings
-
-    def forward(self, items: Tensor, packing: Packing) -> Tensor:
-        """Map packed item ids, int64 [tokens], to hidden states [tokens, d].
+    def encode(self, embedded: Tensor, packing: Packing) -> Tensor:
+        """Map packed item embeddings [tokens, d] to hidden states [tokens, d].
 
         Raises:
             ValueError: A sequence is longer than ``max_length``.
         """
-        if packing.longest > self.max_length:
-            raise ValueError(
-                f"a sequence of {packing.longest} items is longer than "
-                f"max_length = {self.max_length}"
-            )
-        position = self.max_length - packing.lengths[packing.sequence] + packing.place
-        scale = self.item_embedding.embedding_dim**0.5
-        hidden = self.item_embedding(items) * scale + self.position_embedding(position)
+        self._check_length(packing)
+        scale = embedded.shape[1] ** 0.5
+        hidden = embedded * scale + self.position_embedding(self._position_from_end(packing))
         hidden = self.dropout(hidden)
         for block in self.blocks:
             hidden = block(hidden, packing)
         return self.norm(hidden)
-
-    def encode_last(self, items: Tensor, packing: Packing) -> Tensor:
-        """Map packed histories to the hidden states of their last items, [sequences, d]."""
-        return packing.last(self(items, packing))
 
 
 class TransformerBlock(nn.Module):
@@ -126,17 +106,13 @@ class CausalAttention(nn.Module):
         weight, bias = self.in_projection.weight, self.in_projection.bias
         query = F.linear(queries, weight[:size], bias[:size])
         key, value = F.linear(hidden, weight[size:], bias[size:]).chunk(2, dim=1)
-        # The padding follows the real tokens, so the causal mask alone keeps it out of reach.
-        attended = F.scaled_dot_product_attention(
-            self._heads(query, packing),
-            self._heads(key, packing),
-            self._heads(value, packing),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+        query, key, value = (part.unflatten(1, (self.n_heads, -1)) for part in (query, key, value))
+        attended = attend(
+            query,
+            key,
+            value,
+            packing,
+            dropout=self.dropout if self.training else 0.0,
+            causal=True,
         )
-        return self.out_projection(packing.unpad(attended.transpose(1, 2)).flatten(1))
-
-    def _heads(self, projected: Tensor, packing: Packing) -> Tensor:
-        """Spread [tokens, d] over [sequences, heads, longest, d / heads]."""
-        heads = projected.unflatten(1, (self.n_heads, -1))
-        return packing.pad(heads).transpose(1, 2)
+        return self.out_projection(attended.flatten(1))

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from sce_pipeline.losses import build_loss
-from sce_pipeline.models import SASRec
+from sce_pipeline.models import Backbone
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.batches import TrainingBatch
 
@@ -15,7 +15,7 @@ from sce_pipeline.training.batches import TrainingBatch
 class NextItemModule(LightningModule):
     """Trains ``model`` to predict each next item; logs ``loss``, the mean over tokens."""
 
-    def __init__(self, model: SASRec, parameters: TrainingParameters) -> None:
+    def __init__(self, model: Backbone, parameters: TrainingParameters) -> None:
         super().__init__()
         self.model = model
         self.loss = build_loss(parameters.loss)

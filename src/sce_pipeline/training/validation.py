@@ -16,7 +16,7 @@ from torch import Tensor
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
 from sce_pipeline.evaluation.ranking import rank_block
-from sce_pipeline.models import SASRec
+from sce_pipeline.models import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Validation(Callback):
 
     def __init__(
         self,
-        model: SASRec,
+        model: Backbone,
         sequences: Mapping[str, np.ndarray],
         filter_seen: bool,
         n_tokens: int,
@@ -108,7 +108,7 @@ class Validation(Callback):
         """Rank every validation user's target, int64 [users] on the CPU."""
         ranks = []
         for block in self.blocks:
-            hidden = self.model.encode_last(block.items, block.packing)
+            hidden = self.model.encode_last(self.model.embed(block.items), block.packing)
             table = self.model.item_embeddings
             ranking = rank_block(hidden, table, block.targets, block.seen, k=0)
             ranks.append(ranking.target_ranks)

@@ -31,7 +31,8 @@ def rank_items(
 ) -> dict[str, np.ndarray]:
     """Rank all items for every test user by the trained model."""
     check_stamp(test_sequences, data_processing)
-    model = load_model(training.model, model_weights).to(_device(evaluation))
+    max_length = int(test_sequences["max_length"][0])
+    model = load_model(training.model, model_weights, max_length).to(_device(evaluation))
     return rank_with_model(model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen)
 
 
