@@ -250,18 +250,39 @@ LossParameters = Annotated[
 
 
 class TrainingParameters(Parameters):
-    """How a model is trained; ``patience`` counts epochs without a better validation NDCG@10."""
+    """How a model is trained.
+
+    A step of the optimiser takes ``batch_size`` sequences, or as many as hold ``batch_tokens``
+    tokens, shared out over ``devices`` and computed in ``accumulation_steps`` parts. ``patience``
+    counts epochs without a better validation NDCG@10. ``item_table: sharded`` keeps a share of the
+    item table on each device rather than all of it on every one.
+    """
 
     seed: Seed
     model: SASRecParameters
     loss: LossParameters
     batch_size: PositiveInt
+    batch_tokens: PositiveInt | None
+    accumulation_steps: PositiveInt
     learning_rate: PositiveFloat
     betas: tuple[OpenFraction, OpenFraction]
     max_epochs: PositiveInt
     patience: PositiveInt
+    checkpoint_steps: PositiveInt
     accelerator: Literal["auto", "cpu", "gpu"]
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    devices: PositiveInt
+    item_table: Literal["replicated", "sharded"]
+    precision: Literal["auto", "32-true", "bf16-mixed"]
+    compile: bool
+
+    @model_validator(mode="after")
+    def _check_item_table(self) -> TrainingParameters:
+        if self.item_table == "sharded" and self.loss.name != "cce":
+            raise ValueError(
+                "item_table: sharded needs the loss cce, which alone is computed over shards; "
+                f"got loss {self.loss.name}"
+            )
+        return self
 
 
 class EvaluationParameters(Parameters):

@@ -6,6 +6,7 @@ sequences that an earlier run made with other parameters. The stamp lets it see 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,18 +36,31 @@ def check_stamp(arrays: Mapping[str, np.ndarray], parameters: DataProcessingPara
     Raises:
         ValueError: They were not; the message lists the differences.
     """
-    made = dict(_flatten(read_stamp(arrays)))
-    asked = dict(_flatten(parameters.model_dump(mode="json")))
-    differences = [
-        f"{name} = {made.get(name)!r} rather than {asked.get(name)!r}"
-        for name in sorted(made.keys() | asked.keys())
-        if made.get(name) != asked.get(name)
-    ]
-    if differences:
+    if found := differences(read_stamp(arrays), parameters.model_dump(mode="json")):
         raise ValueError(
-            f"the sequences were made with data_processing.{', '.join(differences)}; "
+            f"the sequences were made with data_processing.{', '.join(found)}; "
             "run the pipeline data_processing again with the parameters of this run"
         )
+
+
+def differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """List where nested values differ, as ``name = value rather than value``."""
+    flat_made, flat_asked = dict(_flatten(made)), dict(_flatten(asked))
+    return [
+        f"{name} = {flat_made.get(name)!r} rather than {flat_asked.get(name)!r}"
+        for name in sorted(flat_made.keys() | flat_asked.keys())
+        if flat_made.get(name) != flat_asked.get(name)
+    ]
+
+
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return a number, in hexadecimal, that changes with any value of the arrays."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ class Packing:
         sequence: Sequence that each token belongs to, int64 [tokens], non-decreasing.
         place: Place of each token in its sequence, counted from 0, int64 [tokens].
         on_host: The lengths once more, on the CPU, so that nothing needs to wait for a device.
+        longest: The greatest length.
     """
 
     lengths: Tensor
@@ -29,6 +30,7 @@ class Packing:
     sequence: Tensor
     place: Tensor
     on_host: Tensor
+    longest: int
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, device: torch.device | str = "cpu") -> Packing:
@@ -49,7 +51,7 @@ class Packing:
         sequence = torch.repeat_interleave(on_device, output_size=n_tokens)
         place = torch.arange(n_tokens, device=device) - starts[sequence]
         offsets = F.pad(on_device.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(on_device, offsets, sequence, place, lengths)
+        return cls(on_device, offsets, sequence, place, lengths, int(lengths.max()))
 
     def to(self, device: torch.device | str) -> Packing:
         """Return the same packing with its tensors on ``device``."""
@@ -59,17 +61,13 @@ class Packing:
             self.sequence.to(device),
             self.place.to(device),
             self.on_host,
+            self.longest,
         )
 
     @property
     def n_tokens(self) -> int:
         """Number of tokens."""
         return self.sequence.numel()
-
-    @property
-    def longest(self) -> int:
-        """The greatest length."""
-        return int(self.on_host.max())
 
     def split(self, n_sequences: Iterable[int]) -> Iterator[Packing]:
         """Cut into packings of so many sequences each, as views where that is possible."""
@@ -85,6 +83,7 @@ class Packing:
                 self.sequence[start:stop] - first,
                 self.place[start:stop],
                 self.on_host[first:last],
+                int(self.on_host[first:last].max()),
             )
 
     def pad(self, tokens: Tensor) -> Tensor:

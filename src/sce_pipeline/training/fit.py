@@ -3,132 +3,332 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import sys
-import tempfile
-import warnings
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from torch import Tensor
 
 from sce_pipeline.evaluation.device import choose_device
+from sce_pipeline.losses import build_loss
 from sce_pipeline.models import build_model
 from sce_pipeline.parameters import TrainingParameters
+from sce_pipeline.provenance import fingerprint
 from sce_pipeline.training.batches import TrainingBatches
-from sce_pipeline.training.module import NextItemModule
+from sce_pipeline.training.checkpoint import CheckpointError, Checkpoints, locked
+from sce_pipeline.training.encoder import round_up
+from sce_pipeline.training.history import History
+from sce_pipeline.training.interruption import interruptions
+from sce_pipeline.training.progress import Progress, peak_megabytes
+from sce_pipeline.training.ranks import Ranks, alone, launch
+from sce_pipeline.training.trainer import Epoch, NotFiniteError, Trainer
 from sce_pipeline.training.validation import MONITOR, Validation
 
 logger = logging.getLogger(__name__)
-# Lightning's banners say less than our own lines; its import sets its level, so this comes after.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-# A deprecation between Lightning and newer versions of PyTorch; no concern of those who train.
-warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.pytorch.utilities")
+
+SAVING_SHARE = 0.05
+"""Share of the time that checkpoints between epochs may take."""
+
+Sequences = Mapping[str, np.ndarray]
 
 
 def fit(
-    train_sequences: Mapping[str, np.ndarray],
-    validation_sequences: Mapping[str, np.ndarray],
+    train_sequences: Sequences,
+    validation_sequences: Sequences,
     checkpoints: Path,
     parameters: TrainingParameters,
     filter_seen: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train until ``patience`` epochs bring no better validation NDCG@10.
 
+    The state is saved again and again; the same call goes on from the last state, also from that of
+    a run that was done, until the folder is removed.
+
     Args:
         train_sequences: Training items, windows and the size of the catalogue.
         validation_sequences: Histories and targets of the validation users.
-        checkpoints: Folder in which a folder of this run holds the best weights so far.
+        checkpoints: Folder of the run's states, for this run alone.
         parameters: Model, loss and optimisation.
         filter_seen: Whether validation leaves out the items of a user's history.
 
     Returns:
         The weights of the best epoch, on the CPU, and the training history: parameters, sizes, best
-        epoch, and the loss, validation metrics and time of every epoch.
+        epoch, and the loss, validation metrics and costs of every epoch.
 
     Raises:
-        ValueError: The sequences hold no window or ids outside the catalogue, a GPU or 16-mixed is
-            asked for where there is no GPU, or the loss is no longer finite.
+        ValueError: The sequences hold no window or ids outside the catalogue, GPUs are asked for
+            that are not there, or loss or gradients are no longer finite.
+        CheckpointError: The folder holds the state of another run, or cannot be used.
+        RuntimeError: The GPU's memory does not suffice, or one of several processes failed.
     """
     device = choose_device(parameters.accelerator, "training.accelerator")
-    if device.type == "cpu" and parameters.precision == "16-mixed":
-        raise ValueError("training.precision is 16-mixed, which needs a GPU; use bf16-mixed")
-    lightning.seed_everything(parameters.seed, verbose=False)
-    n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
-    module = NextItemModule(build_model(parameters.model, n_items, max_length), parameters)
-    batches = TrainingBatches(
-        train_sequences, parameters.batch_size, parameters.seed, module.loss.needs_histories
-    )
-    if module.loss.needs_item_counts:
-        module.loss.use_item_counts(torch.bincount(batches.items, minlength=n_items))
-    validation = Validation(module.model, validation_sequences, filter_seen, batches.n_tokens)
-    folder = Path(tempfile.mkdtemp(prefix="run_", dir=checkpoints))  # runs may go side by side
-    best = ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor=MONITOR,
-        mode="max",
-        save_weights_only=True,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
-    stop = EarlyStopping(
-        MONITOR, patience=parameters.patience, mode="max", check_on_train_epoch_end=True
-    )
-    callbacks: list[Callback] = [validation, stop, best]
-    in_terminal = sys.stderr.isatty()
-    if in_terminal:
-        callbacks.append(RichProgressBar(leave=False))
-    trainer = lightning.Trainer(
-        accelerator=parameters.accelerator,
-        devices=1,
-        precision=parameters.precision,
-        max_epochs=parameters.max_epochs,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=in_terminal,
-    )
-    device = trainer.strategy.root_device
-    logger.info(
-        "training %s with %s on %s: %s items, %s windows, %s tokens and %s batches an epoch",
-        parameters.model.name,
-        parameters.loss.name,
-        _describe(device),
-        *(f"{n:,}" for n in (n_items, batches.starts.numel(), batches.n_tokens, len(batches))),
-    )
-    trainer.fit(module, train_dataloaders=batches)
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"])
-    shutil.rmtree(folder)  # a run that is cut off leaves its best weights there
-    weights = {name: weight.cpu() for name, weight in module.model.state_dict().items()}
-    record = {
-        "parameters": parameters.model_dump(mode="json"),
-        "n_items": n_items,
-        "n_windows": batches.starts.numel(),
-        "n_tokens": batches.n_tokens,
-        "device": _describe(device),
-        "best_epoch": validation.best["epoch"],
-        "epochs": validation.epochs,
+    identity = {
+        "training": parameters.model_dump(mode="json"),
+        "evaluation": {"filter_seen": filter_seen},
+        "train_sequences": fingerprint(train_sequences),
+        "validation_sequences": fingerprint(validation_sequences),
     }
-    logger.info(
-        "best validation %s %.4f in epoch %d of %d",
-        MONITOR.upper(),
-        validation.best[MONITOR],
-        validation.best["epoch"],
-        len(validation.epochs),
+    arguments = (
+        train_sequences,
+        validation_sequences,
+        checkpoints,
+        identity,
+        parameters,
+        filter_seen,
     )
-    return weights, record
+    with locked(checkpoints):
+        if parameters.devices == 1:
+            return train(alone(device), *arguments)
+        launch(parameters.devices, device, train, *arguments)
+        state = Checkpoints(checkpoints, identity).load()
+    if state is None:
+        raise CheckpointError(f"training ended, but left nothing in {checkpoints}")
+    return state["best_weights"], _record(state["facts"], History(state["epochs"]), parameters)
 
 
-def _describe(device: torch.device) -> str:
-    """Name the hardware behind a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
+def train(
+    ranks: Ranks,
+    train_sequences: Sequences,
+    validation_sequences: Sequences,
+    folder: Path,
+    identity: Mapping[str, Any],
+    parameters: TrainingParameters,
+    filter_seen: bool,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train as one of ``ranks``; the other arguments and the result are those of ``fit``."""
+    run = _Run(
+        ranks, train_sequences, validation_sequences, folder, identity, parameters, filter_seen
+    )
+    try:
+        run.train()
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; the last good state is in {folder}") from error
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(_out_of_memory(ranks.device, parameters)) from error
+    return run.best_weights, _record(run.facts, run.history, parameters)
+
+
+class _Run:
+    """What one process holds while it trains."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        train_sequences: Sequences,
+        validation_sequences: Sequences,
+        folder: Path,
+        identity: Mapping[str, Any],
+        parameters: TrainingParameters,
+        filter_seen: bool,
+    ) -> None:
+        self.ranks = ranks
+        self.parameters = parameters
+        torch.manual_seed(parameters.seed)  # the same weights on all ranks
+        n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
+        model = build_model(parameters.model, n_items, max_length)
+        loss = build_loss(parameters.loss)
+        if loss.needs_item_counts:
+            items = torch.from_numpy(train_sequences["items"])
+            loss.use_item_counts(torch.bincount(items, minlength=n_items))
+        on_gpu = ranks.device.type == "cuda"
+        self.batches = TrainingBatches(
+            train_sequences,
+            ranks.device,
+            batch_size=parameters.batch_size,
+            batch_tokens=parameters.batch_tokens,
+            accumulation_steps=parameters.accumulation_steps,
+            seed=parameters.seed,
+            with_histories=loss.needs_histories,
+            rank=ranks.rank,
+            n_ranks=ranks.world,
+            round_up=round_up if on_gpu and model.has_static_shapes else None,
+        )
+        self.trainer = Trainer(
+            model.to(ranks.device),
+            loss.to(ranks.device),
+            self.batches,
+            parameters,
+            ranks,
+            half=_is_half(parameters, ranks.device),
+        )
+        self.validation = Validation(model, validation_sequences, filter_seen, ranks)
+        self.checkpoints = Checkpoints(folder, identity, ranks.rank, ranks.agree)
+        self.history = History()
+        self.best_weights: dict[str, Tensor] = {}
+        self.facts = {
+            "n_items": n_items,
+            "n_windows": self.batches.n_windows,
+            "n_tokens": self.batches.n_tokens,
+            "device": _describe(ranks),
+            "precision": "bf16-mixed" if self.trainer.half else "32-true",
+        }
+        self._saved_at, self._saving_took = -math.inf, 0.0
+        torch.manual_seed(parameters.seed + ranks.rank)  # other random numbers on each
+
+    def train(self) -> None:
+        """Train to the end, from the last state if there is one."""
+        measured = self._resume()
+        limits = self.parameters.max_epochs, self.parameters.patience
+        with (
+            interruptions() as interruption,
+            Progress(self.ranks.device, self.ranks.is_first) as bar,
+        ):
+            while not self.history.is_over(*limits):
+                epoch = self.trainer.epoch(len(self.history.epochs) + 1, measured)
+                measured = None
+                started = time.perf_counter()
+                bar.start(epoch, self.batches.n_tokens)
+                for done in epoch:
+                    bar.show(epoch)
+                    if interruption.signal or done % self.parameters.checkpoint_steps == 0:
+                        self._save(epoch)
+                    interruption.end_if_asked()
+                self._finish(epoch, started)
+                self._save_if_due(is_over=self.history.is_over(*limits))
+        if self.ranks.is_first:
+            logger.info(
+                "best validation %s %.4f in epoch %d of %d",
+                MONITOR.upper(),
+                self.history.best[MONITOR],
+                self.history.best["epoch"],
+                len(self.history.epochs),
+            )
+
+    def _resume(self) -> Tensor | None:
+        """Go back to the last state; returns what its unfinished epoch has measured."""
+        state = self.checkpoints.load()
+        if self.ranks.is_first:
+            logger.info(
+                "training %s with %s on %s: %s items, %s windows, %s tokens an epoch, %s",
+                self.parameters.model.name,
+                self.parameters.loss.name,
+                self.facts["device"],
+                *(f"{self.facts[key]:,}" for key in ("n_items", "n_windows", "n_tokens")),
+                self.facts["precision"],
+            )
+        if state is None:
+            return None
+        self.trainer.load_state(state["trainer"])
+        self.history = History(state["epochs"])
+        self.best_weights = state["best_weights"]
+        measured = state["measured"]
+        if self.ranks.is_first:
+            logger.info(
+                "going on after epoch %d and %d steps, from a state in %s",
+                len(self.history.epochs),
+                0 if measured is None else len(measured),
+                self.checkpoints.folder,
+            )
+        return measured
+
+    def _finish(self, epoch: Epoch, started: float) -> None:
+        """Validate after an epoch and put it into the history."""
+        measured = epoch.check()  # waits for the device
+        trained = time.perf_counter()
+        metrics = self.validation.measure()
+        validated = time.perf_counter()
+        losses, norms = measured.T
+        tokens = epoch.step_tokens
+        self.history.epochs.append(
+            {
+                "epoch": epoch.number,
+                "loss": float((losses * tokens).sum() / tokens.sum()),
+                **metrics,
+                "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
+                "gradient_norm": float(norms.mean()),
+                "training_seconds": trained - started,
+                "validation_seconds": validated - trained,
+                "tokens_per_second": epoch.tokens_taken / (trained - started),
+                "seconds_by_part": {
+                    **epoch.clock.seconds(),
+                    "validation": validated - trained,
+                },
+                "memory_mb": peak_megabytes(self.ranks.device),
+            }
+        )
+        if self.history.improved and self.ranks.is_first:
+            self.best_weights = self.trainer.weights()
+        if self.ranks.is_first:
+            last, best = self.history.epochs[-1], self.history.best
+            logger.info(
+                "epoch %d  loss %.4f  validation %s %.4f (best %.4f in epoch %d)  %.2f s  "
+                "%s tokens/s  %s MB",
+                epoch.number,
+                last["loss"],
+                MONITOR.upper(),
+                last[MONITOR],
+                best[MONITOR],
+                best["epoch"],
+                validated - started,
+                f"{last['tokens_per_second']:,.0f}",
+                f"{last['memory_mb']:,}",
+            )
+
+    def _save_if_due(self, is_over: bool) -> None:
+        """Save between epochs, often enough to lose little and seldom enough to cost little."""
+        since = time.perf_counter() - self._saved_at
+        if self.ranks.first(is_over or since * SAVING_SHARE >= self._saving_took):
+            self._save(None)
+
+    def _save(self, epoch: Epoch | None) -> None:
+        """Save the state, within an epoch with what it has measured."""
+        measured = None
+        if epoch is not None:
+            epoch.check()
+            measured = epoch.measured[: epoch.done].cpu()
+        started = time.perf_counter()
+        self.checkpoints.save(
+            {
+                "trainer": self.trainer.state(),
+                "epochs": self.history.epochs,
+                "measured": measured,
+                "best_weights": self.best_weights,
+                "facts": self.facts,
+            }
+        )
+        self._saved_at = time.perf_counter()
+        self._saving_took = self._saved_at - started
+
+
+def _record(
+    facts: Mapping[str, Any], history: History, parameters: TrainingParameters
+) -> dict[str, Any]:
+    """Put together what is known of a run."""
+    return {
+        "parameters": parameters.model_dump(mode="json"),
+        **facts,
+        "best_epoch": history.best["epoch"],
+        "epochs": history.epochs,
+    }
+
+
+def _is_half(parameters: TrainingParameters, device: torch.device) -> bool:
+    """Return whether products are taken in bfloat16."""
+    if parameters.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return parameters.precision == "bf16-mixed"
+
+
+def _describe(ranks: Ranks) -> str:
+    """Name the hardware."""
+    if ranks.device.type == "cuda":
+        name = torch.cuda.get_device_name(ranks.device)
+    else:
+        name = f"{torch.get_num_threads()} CPU threads"
+    return name if ranks.world == 1 else f"{ranks.world} × {name}"
+
+
+def _out_of_memory(device: torch.device, parameters: TrainingParameters) -> str:
+    """Say what the GPU had and what would need less."""
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    used = torch.cuda.max_memory_allocated(device) / 2**30
+    cheaper = "" if parameters.loss.name == "cce" else ", or choose loss cce"
+    return (
+        f"the GPU's memory does not suffice: training took up to {used:.1f} GB, {free:.1f} of "
+        f"{total:.1f} GB were free; lower training.batch_size = {parameters.batch_size}, or raise "
+        f"training.accumulation_steps = {parameters.accumulation_steps}{cheaper}"
+    )

@@ -1,41 +1,32 @@
-"""Validation after every epoch, and the record of all epochs."""
+"""Validation after every epoch, on the device."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
+from sce_pipeline.evaluation.held_out import UserBlocks
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
 from sce_pipeline.evaluation.ranking import rank_block
 from sce_pipeline.models import Backbone
-
-logger = logging.getLogger(__name__)
+from sce_pipeline.training.ranks import Ranks
 
 CUTOFF = 10
 MONITOR = f"ndcg@{CUTOFF}"
 """The validation metric that picks the best weights and stops training."""
 
 
-class Validation(Callback):
-    """Ranks the whole catalogue for the validation users after each epoch, as evaluation does.
-
-    Logs ``ndcg@10`` for early stopping and the choice of the best weights, and keeps for each epoch
-    its loss, metrics, seconds of training and validation, and tokens per second.
+class Validation:
+    """Ranks the whole catalogue for the validation users, as evaluation does, in float32.
 
     Args:
         model: The backbone in training.
         sequences: The arrays of ``validation_sequences``.
         filter_seen: Whether to leave out the items of a user's history.
-        n_tokens: Training tokens in an epoch.
+        ranks: The processes that share the users.
     """
 
     def __init__(
@@ -43,73 +34,30 @@ class Validation(Callback):
         model: Backbone,
         sequences: Mapping[str, np.ndarray],
         filter_seen: bool,
-        n_tokens: int,
+        ranks: Ranks,
     ) -> None:
         self.model = model
-        self.on_host = UserBlocks(sequences, filter_seen)
-        self.blocks: list[UserBlock] = []
-        self.n_tokens = n_tokens
-        self.epochs: list[dict[str, Any]] = []
-        self._started = 0.0
+        self.ranks = ranks
+        blocks = list(UserBlocks(sequences, filter_seen))
+        self.blocks = [block.to(ranks.device) for block in blocks[ranks.rank :: ranks.world]]
+        self.n_users = len(sequences["users"])
 
-    @property
-    def best(self) -> dict[str, Any]:
-        """The epoch with the highest NDCG, the earliest of equals."""
-        return max(self.epochs, key=lambda epoch: epoch[MONITOR])
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the validation users to the device, once."""
-        self.blocks = [block.to(pl_module.device) for block in self.on_host]
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the epoch's clock."""
-        self._started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate, record the epoch and log it in one line."""
-        loss = float(trainer.callback_metrics["loss"])  # waits for the device
-        trained = time.perf_counter()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the training loss is {loss} in epoch {trainer.current_epoch + 1}: "
-                "lower training.learning_rate or set training.precision to 32-true"
-            )
-        pl_module.eval()
+    def measure(self) -> dict[str, float]:
+        """Return the mean NDCG and hit rate over all users."""
+        self.model.eval()
         ranks = self._target_ranks()
-        pl_module.train()
-        value = float(ndcg(ranks, CUTOFF).mean().float())  # as Lightning compares it
-        pl_module.log(MONITOR, value)
-        validated = time.perf_counter()
-        training_seconds = trained - self._started
-        self.epochs.append(
-            {
-                "epoch": trainer.current_epoch + 1,
-                "loss": loss,
-                MONITOR: value,
-                f"hr@{CUTOFF}": float(hit_rate(ranks, CUTOFF).mean()),
-                "training_seconds": training_seconds,
-                "validation_seconds": validated - trained,
-                "tokens_per_second": self.n_tokens / training_seconds,
-            }
-        )
-        logger.info(
-            "epoch %d  loss %.4f  validation %s %.4f (best %.4f in epoch %d)  %.2f s",
-            trainer.current_epoch + 1,
-            loss,
-            MONITOR.upper(),
-            value,
-            self.best[MONITOR],
-            self.best["epoch"],
-            validated - self._started,
-        )
+        sums = torch.stack([ndcg(ranks, CUTOFF).sum(), hit_rate(ranks, CUTOFF).sum()])
+        sums = sums.double().to(self.ranks.device)
+        self.ranks.add(sums)
+        value, hits = (sums / self.n_users).tolist()
+        return {MONITOR: value, f"hr@{CUTOFF}": hits}
 
     @torch.inference_mode()
     def _target_ranks(self) -> Tensor:
-        """Rank every validation user's target, int64 [users] on the CPU."""
-        ranks = []
+        """Rank the targets of this process's users, int64 [users]."""
+        found = [torch.empty(0, dtype=torch.int64, device=self.ranks.device)]
         for block in self.blocks:
             hidden = self.model.encode_last(self.model.embed(block.items), block.packing)
             table = self.model.item_embeddings
-            ranking = rank_block(hidden, table, block.targets, block.seen, k=0)
-            ranks.append(ranking.target_ranks)
-        return torch.cat(ranks).cpu()
+            found.append(rank_block(hidden, table, block.targets, block.seen, k=0).target_ranks)
+        return torch.cat(found)

@@ -1,0 +1,166 @@
+"""Runs a backbone forward and backward, each in one call: as it comes, or as CUDA graphs.
+
+A backbone of this size is a hundred small kernels, which take longer to launch than to run. On a
+GPU they are recorded once for each shape and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sce_pipeline.models import Packing
+
+Encode = Callable[..., Tensor]
+"""Maps embeddings [slots, d], a packing and, for masked models, the mask to hidden states."""
+
+WARM_UP_RUNS = 3
+"""Runs before a recording, in which libraries choose their kernels."""
+
+FINEST_STEP = 128
+"""Shapes differ by at least so many slots."""
+
+
+class Encoder:
+    """Keeps PyTorch's graph between the two calls.
+
+    Args:
+        encode: ``Backbone.encode``, under the precision wanted.
+    """
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+
+    def forward(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> Tensor:
+        """Return the hidden states of ``embedded``, [slots, d], with no graph attached."""
+        self._embedded = embedded.requires_grad_()
+        self._hidden = self._encode(self._embedded, packing, *_given(masked))
+        return self._hidden.detach()
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Add to the gradients of the backbone's weights; return that of the embeddings.
+
+        Args:
+            gradient: Derivative of the loss by the last hidden states, [slots, d].
+        """
+        torch.autograd.backward(self._hidden, gradient)
+        found = self._embedded.grad
+        del self._embedded, self._hidden
+        assert found is not None  # noqa: S101
+        return found
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """Both graphs of one shape and the tensors that they read and write."""
+
+    embedded: Tensor
+    packing: Packing
+    masked: Tensor | None
+    hidden: Tensor
+    gradient: Tensor
+    embedded_gradient: Tensor
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+
+
+class ReplayedEncoder(Encoder):
+    """Replays CUDA graphs, recorded when a shape is first met.
+
+    What ``forward`` and ``backward`` return is overwritten by the next call for that shape.
+
+    Args:
+        encode: ``Backbone.encode``, under the precision wanted; the same kernels for every packing
+            of as many tokens and sequences.
+        weights: The weights it uses, each with a gradient to add to.
+        max_length: No sequence is longer.
+    """
+
+    def __init__(self, encode: Encode, weights: Sequence[Tensor], max_length: int) -> None:
+        super().__init__(encode)
+        self._weights = list(weights)
+        self._max_length = max_length
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def forward(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> Tensor:
+        """Return the hidden states of ``embedded``, [slots, d]."""
+        shape = packing.n_tokens, packing.lengths.numel()
+        if shape not in self._recordings:
+            self._recordings[shape] = self._record(embedded, packing, masked)
+        self._last = last = self._recordings[shape]
+        last.embedded.detach().copy_(embedded)
+        for name in ("lengths", "offsets", "sequence", "place"):
+            getattr(last.packing, name).copy_(getattr(packing, name))
+        if last.masked is not None and masked is not None:
+            last.masked.copy_(masked)
+        last.forward.replay()
+        return last.hidden
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Add to the gradients of the backbone's weights; return that of the embeddings."""
+        self._last.gradient.copy_(gradient)
+        self._last.backward.replay()
+        return self._last.embedded_gradient
+
+    def _record(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> _Recording:
+        """Record forward and backward; gradients and random numbers are left as they were."""
+        embedded = embedded.detach().clone().requires_grad_()
+        tensors = ("lengths", "offsets", "sequence", "place")
+        copies = {name: getattr(packing, name).clone() for name in tensors}
+        packing = replace(packing, **copies, longest=self._max_length)
+        masked = None if masked is None else masked.clone()
+        state = torch.cuda.get_rng_state(embedded.device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP_RUNS):
+                hidden = self._encode(embedded, packing, *_given(masked))
+                gradient = torch.zeros_like(hidden)
+                self._derive(hidden, gradient, embedded)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self._pool, stream=self._stream):
+            hidden = self._encode(embedded, packing, *_given(masked))
+        with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
+            embedded_gradient = self._derive(hidden, gradient, embedded)
+        torch.cuda.set_rng_state(state, embedded.device)
+        return _Recording(
+            embedded,
+            packing,
+            masked,
+            hidden.detach(),
+            gradient,
+            embedded_gradient,
+            forward,
+            backward,
+        )
+
+    def _derive(self, hidden: Tensor, gradient: Tensor, embedded: Tensor) -> Tensor:
+        """Derive by the embeddings and, adding to what is there, by the weights."""
+        of_embedded, *found = torch.autograd.grad(
+            hidden, [embedded, *self._weights], gradient, allow_unused=True
+        )
+        used = [
+            (weight.grad, derivative)
+            for weight, derivative in zip(self._weights, found, strict=True)
+            if derivative is not None
+        ]
+        torch._foreach_add_(*(list(column) for column in zip(*used, strict=True)))
+        return of_embedded
+
+
+def round_up(n: int) -> int:
+    """Return the number of slots for ``n`` tokens: at most an eighth more, or the finest step.
+
+    The shapes that occur are few, eight for each doubling, so that few graphs are recorded.
+    """
+    step = max(FINEST_STEP, 2 ** (n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def _given(masked: Tensor | None) -> list[Tensor]:
+    return [] if masked is None else [masked]

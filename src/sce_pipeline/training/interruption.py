@@ -1,0 +1,55 @@
+"""Ctrl-C and the system's request to end, answered when it suits."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Whether somebody wants the run to end."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def end_if_asked(self) -> None:
+        """End the run as the signal asks.
+
+        Raises:
+            KeyboardInterrupt: Somebody pressed Ctrl-C.
+            SystemExit: The system asked, as clusters do before they take a machine away.
+        """
+        if self.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
+
+
+@contextmanager
+def interruptions() -> Iterator[Interruption]:
+    """Take note of the first request to end, for the run to act on; a second one ends at once."""
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption  # signals reach the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def take_note(number: int, frame: FrameType | None) -> None:
+        interruption.signal = signal.Signals(number)
+        restore()
+
+    for number in SIGNALS:
+        signal.signal(number, take_note)
+    try:
+        yield interruption
+    finally:
+        restore()

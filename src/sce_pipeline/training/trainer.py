@@ -1,0 +1,231 @@
+"""The steps of training: batch, backbone, loss, optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from sce_pipeline.losses import Loss
+from sce_pipeline.models import Backbone
+from sce_pipeline.parameters import TrainingParameters
+from sce_pipeline.training.batches import TrainingBatch, TrainingBatches
+from sce_pipeline.training.clock import Clock
+from sce_pipeline.training.encoder import Encoder, ReplayedEncoder
+from sce_pipeline.training.item_table import ItemTable
+from sce_pipeline.training.ranks import Ranks
+
+
+class NotFiniteError(ValueError):
+    """The loss or the gradients are no longer finite."""
+
+
+class Trainer:
+    """Trains ``model`` step by step; nothing within an epoch waits for the device.
+
+    Args:
+        model: On its device.
+        loss: Likewise.
+        batches: What it is trained with.
+        parameters: Optimisation.
+        ranks: The processes that train together.
+        half: Whether products are taken in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        loss: Loss,
+        batches: TrainingBatches,
+        parameters: TrainingParameters,
+        ranks: Ranks,
+        half: bool,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.batches = batches
+        self.ranks = ranks
+        self.half = half
+        self.table = ItemTable(model.item_embeddings)
+        on_gpu = ranks.device.type == "cuda"
+        others = [weight for weight in model.parameters() if weight is not self.table.weight]
+        self._gradient = _share_gradient(others)
+        self.optimizer = torch.optim.Adam(
+            [self.table.weight, *others],
+            lr=parameters.learning_rate,
+            betas=parameters.betas,
+            fused=on_gpu,
+        )
+        encode = torch.compile(model.encode, dynamic=True) if parameters.compile else model.encode
+
+        def encode_in_precision(*args: Any) -> Tensor:
+            with self._precision():
+                return encode(*args)
+
+        if on_gpu and model.has_static_shapes:
+            self.encoder: Encoder = ReplayedEncoder(encode_in_precision, others, model.max_length)
+        else:
+            self.encoder = Encoder(encode_in_precision)
+
+    def epoch(self, number: int, measured: Tensor | None = None) -> Epoch:
+        """Return the epoch of this number, to be gone through.
+
+        Args:
+            number: From 1.
+            measured: What ``Epoch.measured`` was when it was cut off, to go on from there.
+        """
+        return Epoch(self, number, measured)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a run needs to go on, beside the place it has come to."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": _random_state(self.ranks.device),
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the backbone's weights on the CPU."""
+        return {name: w.detach().cpu().clone() for name, w in self.model.state_dict().items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to what ``state`` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        _set_random_state(state["random"], self.ranks.device)
+
+    def accumulate(self, batch: TrainingBatch, clock: Clock) -> Tensor:
+        """Add a part's gradients; returns its share of the step's loss."""
+        hidden = self.encoder.forward(self.table.lookup(batch), batch.packing, batch.masked)
+        states = batch.take(hidden).detach().requires_grad_()
+        clock.mark("backbone")
+        with self._precision():
+            loss = batch.share * self.loss(
+                states, self.table.weight, batch.targets, batch.sequence, batch.histories
+            )
+        loss.backward()
+        clock.mark("loss")
+        assert states.grad is not None  # noqa: S101
+        self.table.add_gradient(batch, self.encoder.backward(batch.spread(states.grad)))
+        clock.mark("backbone")
+        return loss.detach()
+
+    def update(self) -> Tensor:
+        """Take a step of the optimiser; returns the norm of the gradient."""
+        assert self.table.weight.grad is not None  # noqa: S101
+        self.ranks.add(self.table.weight.grad, self._gradient)
+        norm = get_total_norm([self.table.weight.grad, self._gradient])
+        self.optimizer.step()
+        self.table.weight.grad = None
+        self._gradient.zero_()
+        return norm
+
+    def _precision(self) -> AbstractContextManager[None]:
+        # What autocast keeps of the weights would outlive the recording of a graph.
+        return torch.autocast(
+            self.ranks.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
+        )
+
+
+class Epoch:
+    """One epoch, as an iterator over its steps, that knows how far it has come.
+
+    Attributes:
+        number: From 1.
+        measured: Loss and gradient norm of each step, float32 [steps, 2] on the device; NaN for
+            steps to come.
+        clock: What its parts have taken.
+    """
+
+    def __init__(self, trainer: Trainer, number: int, measured: Tensor | None) -> None:
+        self._trainer = trainer
+        self.number = number
+        self._steps = trainer.batches.steps(number)
+        device = trainer.ranks.device
+        self.n_steps = len(self._steps)
+        if measured is None:
+            measured = torch.empty(0, 2)
+        self.done = self._first = len(measured)
+        self.measured = torch.full((self.n_steps, 2), math.nan, device=device)
+        self.measured[: self.done] = measured.to(device)
+        self.clock = Clock(device)
+
+    def __iter__(self) -> Iterator[int]:
+        """Take the steps that are left; yields the number done after each."""
+        trainer = self._trainer
+        trainer.model.train()
+        parts = [part for step in self._steps[self._first :] for part in step]
+        batches = iter(trainer.batches.batches(parts))
+        loss: Tensor | float = 0.0
+        self.clock.start()
+        for batch in batches:
+            self.clock.mark("data")
+            loss = loss + trainer.accumulate(batch, self.clock)
+            if batch.ends_step:
+                norm = trainer.update()
+                self.measured[self.done] = torch.stack([loss, norm])
+                loss = 0.0
+                self.done += 1
+                self.clock.mark("optimiser")
+                yield self.done
+
+    def check(self) -> Tensor:
+        """Return loss and gradient norm of the steps done, float64 [steps, 2] on the CPU.
+
+        Waits for the device, and must be called by all ranks.
+
+        Raises:
+            NotFiniteError: One of them is not finite.
+        """
+        measured = self.measured[: self.done].clone()
+        losses = measured[:, 0].contiguous()
+        self._trainer.ranks.add(losses)
+        measured[:, 0] = losses
+        found = measured.double().cpu()
+        bad = (~found.isfinite().all(dim=1)).nonzero()
+        if bad.numel():
+            step = int(bad[0])
+            loss, norm = found[step].tolist()
+            raise NotFiniteError(
+                f"step {step + 1} of epoch {self.number} has the loss {loss:g} and gradients of "
+                f"norm {norm:g}: lower training.learning_rate or set training.precision to 32-true"
+            )
+        return found
+
+    @property
+    def tokens_taken(self) -> float:
+        """Tokens of the steps that were taken here, rather than before the epoch was cut off."""
+        return float(self.step_tokens[self._first :].sum())
+
+    @property
+    def step_tokens(self) -> Tensor:
+        """Tokens of the steps done, of all ranks, float64 [steps]."""
+        parts = (step[0] for step in self._steps[: self.done])
+        return torch.tensor([part.n_tokens / part.share for part in parts], dtype=torch.float64)
+
+
+def _share_gradient(weights: list[nn.Parameter]) -> Tensor:
+    """Give all weights gradients, zeros, in one tensor, which few kernels can send or clear."""
+    gradient = torch.zeros(sum(weight.numel() for weight in weights), device=weights[0].device)
+    parts = gradient.split([weight.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.grad = part.view_as(weight)
+    return gradient
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

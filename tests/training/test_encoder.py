@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sce_pipeline.models import Packing, SASRec
+from sce_pipeline.training.encoder import FINEST_STEP, Encoder, ReplayedEncoder, round_up
+
+MAX_LENGTH = 40
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def make_model(dropout, device="cpu"):
+    torch.manual_seed(0)
+    return SASRec(5, MAX_LENGTH, 16, 2, 2, dropout).to(device)
+
+
+def weights_of(model):
+    """All weights but the item table, each with a gradient to add to."""
+    weights = [weight for weight in model.parameters() if weight is not model.item_embeddings]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 0.5)
+    return weights
+
+
+def inputs(lengths, device="cpu"):
+    packing = Packing.from_lengths(torch.tensor(lengths), device)
+    return torch.randn(sum(lengths), 16, device=device), packing
+
+
+@given(st.integers(1, 10**9))
+def test_rounding_up_wastes_at_most_an_eighth_and_makes_few_shapes(n):
+    slots = round_up(n)
+    assert n <= slots <= max(n + FINEST_STEP, n * 9 // 8)
+    assert round_up(slots) == slots
+
+
+def test_few_shapes_occur():
+    assert len({round_up(n) for n in range(4096, 32768)}) <= 3 * 8 + 1
+
+
+def test_the_two_calls_are_autograds_forward_and_backward():
+    model = make_model(dropout=0.0)
+    weights = weights_of(model)
+    embedded, packing = inputs([3, 40, 1])
+    gradient = torch.randn_like(embedded)
+    leaf = embedded.clone().requires_grad_()
+    expected = model.encode(leaf, packing)
+    wanted = torch.autograd.grad(expected, [leaf, *weights], gradient)
+
+    encoder = Encoder(model.encode)
+    hidden = encoder.forward(embedded, packing, None)
+    assert not hidden.requires_grad
+    assert torch.equal(hidden, expected)
+    assert torch.equal(encoder.backward(gradient), wanted[0])
+    for weight, derivative in zip(weights, wanted[1:], strict=True):
+        assert torch.equal(weight.grad, 0.5 + derivative)
+
+
+@on_gpu
+@pytest.mark.parametrize("half", [False, True])
+def test_replayed_is_as_it_comes(half):
+    model = make_model(0.0, "cuda")
+    weights = weights_of(model)
+
+    def encode(*args):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+            return model.encode(*args)
+
+    plain, replayed = Encoder(encode), ReplayedEncoder(encode, weights, MAX_LENGTH)
+    # Two shapes in turn, each with other lengths within, and sequences that are empty.
+    for lengths in ([3, 40, 1, 0], [10, 10], [20, 4, 0, 20], [19, 1], [40, 0, 1, 3]):
+        embedded, packing = inputs(lengths, "cuda")
+        gradient = torch.randn_like(embedded)
+        found = []
+        for encoder in (plain, replayed):
+            weights_of(model)
+            hidden = encoder.forward(embedded.clone(), packing, None).clone()
+            of_embedded = encoder.backward(gradient).clone()
+            found.append([hidden, of_embedded, *(weight.grad.clone() for weight in weights)])
+        for expected, result in zip(*found, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-2 if half else 1e-5)
+
+
+@on_gpu
+def test_each_replay_drops_others_and_recording_takes_no_random_numbers():
+    model = make_model(0.5, "cuda")
+    encoder = ReplayedEncoder(model.encode, weights_of(model), MAX_LENGTH)
+    embedded, packing = inputs([12, 7], "cuda")
+    before = torch.cuda.get_rng_state()
+    first = encoder.forward(embedded, packing, None).clone()
+    after = torch.cuda.get_rng_state()
+    encoder.backward(torch.ones_like(first))
+    second = encoder.forward(embedded, packing, None).clone()
+    assert not torch.allclose(first, second)
+    torch.cuda.set_rng_state(before)
+    assert torch.equal(encoder.forward(embedded, packing, None), first)
+    assert torch.equal(torch.cuda.get_rng_state(), after)

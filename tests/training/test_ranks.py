@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+import torch
+from walks import NO_DROPOUT, train
+
+from sce_pipeline.training.ranks import launch
+
+logger = logging.getLogger("sce_pipeline.tests")
+CPU = torch.device("cpu")
+
+
+def talk(ranks, word):
+    total = torch.tensor(float(ranks.rank + 1))
+    ranks.add(total)
+    assert total == 3
+    assert ranks.first(ranks.is_first)
+    assert not ranks.first(not ranks.is_first)
+    assert not ranks.agree(ranks.is_first)
+    logger.info("%s from rank %d", word, ranks.rank)
+
+
+def fail(ranks):
+    if ranks.rank == 1:
+        raise ValueError("this rank does not want to")
+    time.sleep(60)
+
+
+def test_ranks_add_agree_and_the_first_one_speaks(caplog):
+    with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+        launch(2, CPU, talk, "hello")
+    assert "hello from rank 0" in caplog.text
+    assert "hello from rank 1" not in caplog.text
+
+
+def test_a_failing_rank_ends_all_of_them_with_its_message():
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="rank 1 of 2 failed: ValueError: this rank does not"):
+        launch(2, CPU, fail)
+    assert time.perf_counter() - started < 50
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"training\.devices is 2, but there are 1 GPUs"):
+        launch(2, torch.device("cuda"), fail)
+
+
+def test_two_ranks_train_as_one_does(tmp_path, caplog):
+    options = {"max_epochs": 2, "model": NO_DROPOUT, "checkpoint_steps": 5}
+    _, alone = train(tmp_path / "alone", {"name": "ce"}, **options)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+        weights, together = train(tmp_path / "two", {"name": "ce"}, **options, devices=2)
+    assert together["device"].startswith("2 × ")
+    assert caplog.text.count("epoch 2  loss") == 1
+    assert weights["item_embedding.weight"].isfinite().all()
+    for epoch, other in zip(alone["epochs"], together["epochs"], strict=True):
+        for key in ("loss", "gradient_norm", "ndcg@10"):
+            assert other[key] == pytest.approx(epoch[key], rel=1e-3)
