@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
-from sce_pipeline.evaluation.ranking import rank_block
+from sce_pipeline.evaluation.ranking import join_rankings, rank_block
 from sce_pipeline.models import SASRec
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Validation(Callback):
         n_tokens: int,
     ) -> None:
         self.model = model
-        self.on_host = UserBlocks(sequences, filter_seen)
+        self.users = UserBlocks(sequences, filter_seen)
         self.blocks: list[UserBlock] = []
         self.n_tokens = n_tokens
         self.epochs: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ class Validation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the validation users to the device, once."""
-        self.blocks = [block.to(pl_module.device) for block in self.on_host]
+        self.blocks = list(self.users.to(pl_module.device))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's clock."""
@@ -106,10 +106,9 @@ class Validation(Callback):
     @torch.inference_mode()
     def _target_ranks(self) -> Tensor:
         """Rank every validation user's target, int64 [users] on the CPU."""
-        ranks = []
+        rankings = []
         for block in self.blocks:
             hidden = self.model.encode_last(block.items, block.packing)
             table = self.model.item_embeddings
-            ranking = rank_block(hidden, table, block.targets, block.seen, k=0)
-            ranks.append(ranking.target_ranks)
-        return torch.cat(ranks).cpu()
+            rankings.append(rank_block(hidden, table, block.targets, block.seen, k=0))
+        return join_rankings(rankings).target_ranks
