@@ -20,6 +20,9 @@ TOKENS_AT_ONCE = 2**18
 """Most tokens in a block of more than one user, with the padding to its longest history, over which
 attention spreads them: 64 MiB for each tensor of 64 floats a token."""
 
+TOKENS_AT_ONCE_ON_CPU = 2**15
+"""The same on a CPU, where they should stay in the cache."""
+
 
 @dataclass(frozen=True)
 class UserBlock:
@@ -61,15 +64,16 @@ class UserBlocks:
         self.offsets = torch.tensor(sequences["offsets"], dtype=torch.int64)  # stay on the CPU
         self.stops = self.offsets[1:]
         self.lengths = self.offsets.diff().clamp(max=int(sequences["max_length"][0]))
-        self.cuts = _cuts(self.lengths.numpy())
+        self.cuts = _cuts(self.lengths.numpy(), self.items.device)
         self.filter_seen = filter_seen
 
     def to(self, device: torch.device | str) -> UserBlocks:
-        """Return the same blocks, to be cut out on ``device``."""
+        """Return blocks of the same users, to be cut out on ``device``, as large as suits it."""
         moved = copy.copy(self)
         moved.items = self.items.to(device)
         moved.targets = self.targets.to(device)
         moved.stops = self.stops.to(device)
+        moved.cuts = _cuts(self.lengths.numpy(), moved.items.device)
         return moved
 
     def __len__(self) -> int:
@@ -97,13 +101,14 @@ class UserBlocks:
         )
 
 
-def _cuts(lengths: np.ndarray) -> list[int]:
+def _cuts(lengths: np.ndarray, device: torch.device) -> list[int]:
     """Return where blocks of users whose histories have these lengths start, and the end."""
+    tokens_at_once = TOKENS_AT_ONCE_ON_CPU if device.type == "cpu" else TOKENS_AT_ONCE
     cuts = [0]
     while cuts[-1] < len(lengths):
         longest = np.maximum.accumulate(lengths[cuts[-1] : cuts[-1] + USERS_AT_ONCE])
         padded = longest * np.arange(1, len(longest) + 1)
-        cuts.append(cuts[-1] + max(1, int(np.searchsorted(padded, TOKENS_AT_ONCE, "right"))))
+        cuts.append(cuts[-1] + max(1, int(np.searchsorted(padded, tokens_at_once, "right"))))
     return cuts
 
 
