@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sce_pipeline.parameters import DataProcessingParameters
+from sce_pipeline.parameters import DataProcessingParameters, TrainingParameters
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +19,34 @@ def make_data_processing(**changes):
         "stride": None,
     }
     return DataProcessingParameters.model_validate({**values, **changes})
+
+
+def make_training(**changes):
+    values = {
+        "seed": 5,
+        "model": {
+            "name": "sasrec",
+            "hidden_size": 16,
+            "n_blocks": 1,
+            "n_heads": 1,
+            "dropout": 0.1,
+        },
+        "loss": {"name": "ce"},
+        "batch_size": 16,
+        "batch_tokens": None,
+        "accumulation_steps": 1,
+        "learning_rate": 0.01,
+        "betas": (0.9, 0.98),
+        "max_epochs": 6,
+        "patience": 6,
+        "checkpoint_steps": 1000,
+        "accelerator": "cpu",
+        "devices": 1,
+        "item_table": "replicated",
+        "precision": "32-true",
+        "compile": False,
+    }
+    return TrainingParameters.model_validate({**values, **changes})
 
 
 def make_log(n_users=60, n_items=30, length=24, seed=0):

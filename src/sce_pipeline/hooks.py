@@ -1,10 +1,12 @@
-"""Kedro hooks: a check of all parameters, the cost of every node, the report at the end."""
+"""Kedro hooks: a check of all parameters, costs of nodes, end of checkpoints, the report."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from kedro.framework.context import KedroContext
@@ -75,6 +77,25 @@ class NodeCostHooks:
             logger.info("%s took %.1f s and %.0f MB of GPU memory", node.name, seconds, peak)
         else:
             logger.info("%s took %.1f s", node.name, seconds)
+
+
+class CheckpointHooks:
+    """Remove the checkpoints of a run once its weights and history are saved, and not before."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+
+    @hook_impl
+    def after_dataset_loaded(self, dataset_name: str, data: Any) -> None:
+        """Remember the folder that training is given."""
+        if dataset_name == "checkpoints":
+            self._folder = data
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str) -> None:
+        """Remove it after the last thing that training saves."""
+        if dataset_name == "training_history" and self._folder is not None:
+            shutil.rmtree(self._folder)
 
 
 class ReportHooks:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sce_pipeline.hooks import NodeCostHooks, ParameterHooks, ReportHooks
+from sce_pipeline.hooks import CheckpointHooks, NodeCostHooks, ParameterHooks, ReportHooks
 from sce_pipeline.resolvers import choose, merge
 
-HOOKS = (ParameterHooks(), NodeCostHooks(), ReportHooks())
+HOOKS = (ParameterHooks(), NodeCostHooks(), CheckpointHooks(), ReportHooks())
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

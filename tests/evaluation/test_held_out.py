@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sce_pipeline.evaluation import held_out as held_out_module
 from sce_pipeline.evaluation.held_out import UserBlocks, check_sequences
@@ -35,14 +39,38 @@ def test_blocks_hold_every_user_once_with_the_last_items_of_the_history(
 def test_nothing_is_left_out_where_seen_items_may_be_recommended(sequences):
     (block,) = UserBlocks(sequences, filter_seen=False)
     assert block.seen is None
-    assert block.to("cpu").seen is None
 
 
-def test_a_block_moves_as_a_whole(sequences):
-    (block,) = UserBlocks(sequences, filter_seen=True)
-    moved = block.to("meta")
-    tensors = [moved.items, moved.packing.sequence, moved.targets, *moved.seen]
+def test_blocks_are_cut_out_on_the_device_and_their_ends_known_on_the_cpu(sequences):
+    # Tensors of the meta device have no values: to look at one is an error.
+    (block,) = UserBlocks(sequences, filter_seen=True).to("meta")
+    items, offsets = block.seen
+    tensors = [block.items, block.packing.sequence, block.packing.place, block.targets, items]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert [len(tensor) for tensor in tensors] == [5, 5, 5, 3, 8]
+    assert offsets.tolist() == [0, 4, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("device", "bound"), [("cpu", "TOKENS_AT_ONCE_ON_CPU"), ("cuda", "TOKENS_AT_ONCE")]
+)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 60))
+def test_blocks_are_as_large_as_users_and_tokens_allow(device, bound, lengths, users, tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out_module, "USERS_AT_ONCE", users)
+        patch.setattr(held_out_module, bound, tokens)
+        cuts = held_out_module._cuts(np.array(lengths), torch.device(device))
+
+    def fits(start, stop):
+        block = lengths[start:stop]  # on a CPU attention pads
+        size = sum(block) if device == "cuda" else len(block) * max(block)
+        return stop - start <= users and size <= tokens
+
+    assert cuts[0] == 0
+    assert cuts[-1] == len(lengths)
+    for start, stop in pairwise(cuts):
+        assert stop == start + 1 or (stop > start and fits(start, stop))
+        assert stop == len(lengths) or not fits(start, stop + 1)
 
 
 @pytest.mark.parametrize(

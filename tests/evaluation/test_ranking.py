@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from sce_pipeline.evaluation import held_out as held_out_module
 from sce_pipeline.evaluation import ranking as ranking_module
-from sce_pipeline.evaluation.ranking import NEVER_RANKED, NO_ITEM, rank_all, rank_block
+from sce_pipeline.evaluation.held_out import UserBlocks
+from sce_pipeline.evaluation.ranking import (
+    NEVER_RANKED,
+    NO_ITEM,
+    join_rankings,
+    rank_all,
+    rank_block,
+)
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -64,10 +73,49 @@ def test_any_float_scores_are_ordered_as_numbers(scores, data):
     assert ranking.top_items.tolist() == [top]
 
 
-def test_minus_zero_ties_with_zero():
-    scores = torch.tensor([[-0.0, 0.0, -0.0]])
-    keys = ranking_module._keys(scores)
-    assert keys.argsort(descending=True).tolist() == [[0, 1, 2]]
+@pytest.mark.parametrize("k", [0, 1, 7, 90, 120])
+@pytest.mark.parametrize("filter_seen", [False, True])
+def test_ranks_and_top_items_are_those_of_a_lexical_sort(k, filter_seen):
+    generator = np.random.default_rng(k)
+    n_users, n_items = 200, 90
+    hidden = generator.integers(-2, 3, size=(n_users, 3))
+    table = generator.integers(-1, 2, size=(n_items, 3))
+    targets = generator.integers(n_items, size=n_users)
+    rows = np.sort(generator.integers(n_users, size=2000))
+    items = generator.integers(n_items, size=2000)
+    scores = (hidden @ table.T).astype(np.float64)
+    if filter_seen:
+        scores[rows, items] = -np.inf
+    order = np.lexsort((np.broadcast_to(np.arange(n_items), scores.shape), -scores))
+    left_out = np.isneginf(np.take_along_axis(scores, order, axis=1))
+    expected_ranks = 1 + np.argmax(order == targets[:, None], axis=1)
+    expected_ranks[np.isneginf(scores[np.arange(n_users), targets])] = NEVER_RANKED
+    expected_top = np.full((n_users, k), NO_ITEM)
+    expected_top[:, :n_items] = np.where(left_out, NO_ITEM, order)[:, :k]
+
+    offsets = torch.from_numpy(np.searchsorted(rows, np.arange(n_users + 1)))
+    seen = (torch.from_numpy(items), offsets) if filter_seen else None
+    floats = (torch.from_numpy(array.astype(np.float32)) for array in (hidden, table))
+    ranking = rank_block(*floats, torch.from_numpy(targets), seen, k)
+    np.testing.assert_array_equal(ranking.target_ranks.numpy(), expected_ranks)
+    np.testing.assert_array_equal(ranking.top_items.numpy(), expected_top)
+
+
+ZEROS = [-0.0, 0.0, -0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("target", range(5))
+def test_a_target_of_minus_zero_ties_with_zeros(target):
+    ranks, _ = ranking_module._rank_targets(
+        torch.tensor([ZEROS]), torch.tensor([target]), torch.tensor([True]), shard=None
+    )
+    assert ranks.tolist() == [target + 1]
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+def test_minus_zero_ties_with_zeros_in_lists(k):
+    items = ranking_module._top_items(torch.tensor([ZEROS]), k, shard=None)
+    assert items.tolist() == [[0, 1, 2, 3, 4][:k]]
 
 
 def test_equal_scores_rank_by_id():
@@ -104,7 +152,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch, scores_at_once):
     targets = torch.randint(15, (23,), generator=generator).tolist()
     seen = [torch.randint(15, (n % 9,), generator=generator).tolist() for n in range(23)]
     whole = rank_scores(scores, targets, seen, k=6)
-    monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", scores_at_once)
     parts = rank_scores(scores, targets, seen, k=6)
     assert torch.equal(parts.target_ranks, whole.target_ranks)
     assert torch.equal(parts.top_items, whole.top_items)
@@ -122,7 +170,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_scores_of_all_users_never_exist_at_once(monkeypatch):
-    monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", 1000)
     hidden, items = torch.randn(300, 2), torch.randn(90, 2)
     seen = (torch.zeros(300, dtype=torch.int64), torch.arange(301))
     with LargestTensor() as largest:
@@ -138,8 +186,58 @@ def test_scores_that_are_not_finite_are_errors(value, where):
     targets = torch.zeros(4, dtype=torch.int64)
     if where == "items" and value == 1e30:
         hidden[:, 0] = 1e20
-    with pytest.raises(ValueError, match=r"[14] of 4 users have scores that are not finite"):
-        rank_block(hidden, items, targets, None, k=0)
+    n_users = 1 if where == "hidden" else 4
+    for k in (0, 3):
+        ranking = rank_block(hidden, items, targets, None, k)
+        sound = rank_block(torch.ones(2, 2), torch.ones(5, 2), targets[:2], None, k)
+        with pytest.raises(ValueError, match=f"{n_users} of 6 users have scores that are not fin"):
+            join_rankings([sound, ranking])
+
+
+def test_scores_of_seen_items_must_be_finite_too():
+    ranking = rank_scores([[float("nan"), 1.0]], [1], seen=[[0]], k=1)
+    with pytest.raises(ValueError, match="1 of 1 users"):
+        join_rankings([ranking])
+
+
+def test_rankings_are_joined_in_order():
+    first, second = rank_scores([[3, 2, 1]] * 2, [0, 1], k=2), rank_scores([[1, 2, 3]], [0], k=2)
+    joined = join_rankings([first, second])
+    assert joined.target_ranks.tolist() == [1, 2, 3]
+    assert joined.top_items.tolist() == [[0, 1], [0, 1], [2, 1]]
+
+
+def test_no_user_gives_an_empty_ranking():
+    ranking = rank_block(torch.empty(0, 2), torch.ones(3, 2), torch.tensor([]).long(), None, k=4)
+    assert ranking.target_ranks.shape == (0,)
+    assert ranking.top_items.shape == (0, 4)
+
+
+def test_ranks_never_wait_for_the_device(held_out, monkeypatch):
+    # Tensors of the meta device have no values: to look at one is an error. Nor has it autocast.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(held_out_module, "USERS_AT_ONCE", 4)
+    monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE", 100)
+    sequences = held_out([[1, 2, 3], [4], [5, 6]] * 3, [0] * 9, n_items=50, max_length=2)
+    table = torch.empty(50, 8, device="meta")
+    sizes = []
+    for block in UserBlocks(sequences, filter_seen=True).to("meta"):
+        hidden = block.packing.last(torch.empty(len(block.items), 8, device="meta"))
+        sizes.append(len(rank_block(hidden, table, block.targets, block.seen, k=0).target_ranks))
+    assert sizes == [4, 4, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ranks_never_wait_for_a_gpu():
+    hidden, table = torch.randn(300, 8, device="cuda"), torch.randn(90, 8, device="cuda")
+    targets = torch.zeros(300, dtype=torch.int64, device="cuda")
+    seen = (torch.zeros(300, dtype=torch.int64, device="cuda"), torch.arange(301))
+    rank_block(hidden, table, targets, seen, k=0)  # libraries may wait as they start
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rank_block(hidden, table, targets, seen, k=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_autocast_does_not_coarsen_scores():
@@ -170,6 +268,12 @@ def test_shapes_that_do_not_fit_are_errors():
     seen = (torch.tensor([0]), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="3 hidden states need 4 offsets, got 2"):
         rank_block(hidden, items, torch.tensor([0, 1, 2]), seen, k=0)
+    for offsets in ([0, 1, 1, 2], [1, 1, 1, 1]):
+        seen = (torch.tensor([0]), torch.tensor(offsets))
+        with pytest.raises(ValueError, match=r"must run from 0 to 1, .* got [01] to [12]"):
+            rank_block(hidden, items, torch.tensor([0, 1, 2]), seen, k=0)
+    with pytest.raises(ValueError, match="item_embeddings must hold a row or more"):
+        rank_block(hidden, items[:0], torch.tensor([0, 1, 2]), None, k=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -181,9 +285,7 @@ def test_a_gpu_ranks_as_the_cpu_does(k):
     targets = torch.randint(50, (200,), generator=generator)
     seen = (torch.randint(50, (1000,), generator=generator), torch.arange(0, 1001, 5))
     on_cpu = rank_block(hidden, items, targets, seen, k)
-    on_gpu = rank_block(
-        hidden.cuda(), items.cuda(), targets.cuda(), (seen[0].cuda(), seen[1].cuda()), k
-    )
+    on_gpu = rank_block(hidden.cuda(), items.cuda(), targets.cuda(), (seen[0].cuda(), seen[1]), k)
     assert torch.equal(on_gpu.target_ranks.cpu(), on_cpu.target_ranks)
     assert torch.equal(on_gpu.top_items.cpu(), on_cpu.top_items)
 

@@ -10,7 +10,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro.validation.type_extractor import TypeExtractor
 
-from helpers import make_data_processing
+from helpers import make_data_processing, make_training
 from sce_pipeline.evaluation.device import choose_device
 from sce_pipeline.models import build_model
 from sce_pipeline.parameters import (
@@ -27,26 +27,8 @@ N_ITEMS = 20
 
 @pytest.fixture
 def training():
-    return TrainingParameters.model_validate(
-        {
-            "seed": 0,
-            "model": {
-                "name": "sasrec",
-                "hidden_size": 8,
-                "n_blocks": 1,
-                "n_heads": 2,
-                "dropout": 0.1,
-            },
-            "loss": {"name": "ce"},
-            "batch_size": 2,
-            "learning_rate": 0.001,
-            "betas": [0.9, 0.98],
-            "max_epochs": 1,
-            "patience": 1,
-            "accelerator": "cpu",
-            "precision": "32-true",
-        }
-    )
+    model = {"name": "sasrec", "hidden_size": 8, "n_blocks": 1, "n_heads": 2, "dropout": 0.1}
+    return make_training(model=model)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sce_pipeline.training.batches import TrainingBatches
@@ -149,6 +149,7 @@ def test_what_is_drawn_for_a_part_follows_from_seed_epoch_and_part():
     assert masks(1, 1, 0) != masks(2, 1, 0)
 
 
+@settings(deadline=None)
 @given(histories_strategy, st.booleans())
 def test_take_and_spread_are_each_others_derivative(histories, masked):
     draw = {"draw_mask": lambda lengths, _: torch.rand(int(lengths.sum())) < 2} if masked else {}

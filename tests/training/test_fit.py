@@ -13,11 +13,11 @@ from walks import (
     NO_DROPOUT,
     PARAMETERS_OF_LOSSES,
     SCE_OPTIONS,
-    make_parameters,
     make_sequences,
     train,
 )
 
+from helpers import make_training
 from sce_pipeline.evaluation.metrics import ndcg
 from sce_pipeline.evaluation.rankers import rank_with_model
 from sce_pipeline.losses import LOSSES
@@ -61,7 +61,7 @@ def test_the_best_epochs_weights_come_back_and_patience_stops(tmp_path):
     assert best == 1 + int(np.argmax(values))
     assert len(values) == best + 3 < 40
 
-    model = load_model(make_parameters({"name": "ce"}).model, weights, MAX_LENGTH)
+    model = load_model(make_training().model, weights, MAX_LENGTH)
     _, validation_sequences = make_sequences(50, seed=1)
     ranking = rank_with_model(model, validation_sequences, k=0, filter_seen=True)
     found = float(ndcg(torch.from_numpy(ranking["target_ranks"]), 10).mean())

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from walks import PARAMETERS_OF_LOSSES, make_parameters, make_sequences, train
+from walks import PARAMETERS_OF_LOSSES, make_sequences, train
 
+from helpers import make_training
 from sce_pipeline.training.checkpoint import CheckpointError
 from sce_pipeline.training.fit import fit
 from sce_pipeline.training.trainer import NotFiniteError, Trainer
@@ -132,7 +133,7 @@ def test_other_data_is_refused(tmp_path):
     _, validation = make_sequences(50, seed=1)
     changed = {**train_sequences, "items": train_sequences["items"][::-1].copy()}
     with pytest.raises(CheckpointError, match=r"with train_sequences = '[0-9a-f]+' rather than"):
-        fit(changed, validation, tmp_path, make_parameters(CE, max_epochs=1), filter_seen=True)
+        fit(changed, validation, tmp_path, make_training(max_epochs=1), filter_seen=True)
 
 
 def test_what_is_not_finite_stops_with_step_loss_and_norm_and_leaves_the_last_state(

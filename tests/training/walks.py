@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from sce_pipeline.parameters import LossParameters, TrainingParameters
+from helpers import make_training
 from sce_pipeline.training.fit import fit
 
 N_ITEMS, MAX_LENGTH = 40, 8
@@ -91,36 +90,8 @@ def make_sequences(n_users, seed):
     return train, held_out
 
 
-def make_parameters(loss, **changes):
-    values = {
-        "seed": 5,
-        "model": {
-            "name": "sasrec",
-            "hidden_size": 16,
-            "n_blocks": 1,
-            "n_heads": 1,
-            "dropout": 0.1,
-        },
-        "loss": TypeAdapter(LossParameters).validate_python(loss),
-        "batch_size": 16,
-        "batch_tokens": None,
-        "accumulation_steps": 1,
-        "learning_rate": 0.01,
-        "betas": (0.9, 0.98),
-        "max_epochs": 6,
-        "patience": 6,
-        "checkpoint_steps": 1000,
-        "accelerator": "cpu",
-        "devices": 1,
-        "item_table": "replicated",
-        "precision": "32-true",
-        "compile": False,
-    }
-    return TrainingParameters.model_validate({**values, **changes})
-
-
 def train(tmp_path, loss, **changes):
     train_sequences, _ = make_sequences(200, seed=0)
     _, validation_sequences = make_sequences(50, seed=1)
-    parameters = make_parameters(loss, **changes)
+    parameters = make_training(loss=loss, **changes)
     return fit(train_sequences, validation_sequences, tmp_path, parameters, filter_seen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,8 +13,15 @@ from torch import Tensor
 
 from sce_pipeline.models import Packing
 
-USERS_AT_ONCE = 512
-"""Users in a block."""
+USERS_AT_ONCE = 4096
+"""Most users in a block."""
+
+TOKENS_AT_ONCE = 2**17
+"""Most tokens in a block of more than one user: 32 MiB for each tensor of 64 floats a token."""
+
+TOKENS_AT_ONCE_ON_CPU = 2**15
+"""The same on a CPU, with the padding to the longest history, over which attention spreads them
+there: they should stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class UserBlock:
         packing: Which user each of them belongs to.
         targets: The item that follows each history, int64 [users].
         seen: Where seen items are left out of the ranking, the whole histories: items int64 [total]
-            and offsets int64 [users + 1] into them.
+            and offsets int64 [users + 1] into them, which stay on the CPU.
     """
 
     items: Tensor
@@ -33,16 +42,12 @@ class UserBlock:
     targets: Tensor
     seen: tuple[Tensor, Tensor] | None
 
-    def to(self, device: torch.device | str) -> UserBlock:
-        """Return the same block with its tensors on ``device``."""
-        seen = self.seen and (self.seen[0].to(device), self.seen[1].to(device))
-        return UserBlock(
-            self.items.to(device), self.packing.to(device), self.targets.to(device), seen
-        )
-
 
 class UserBlocks:
-    """All held-out users in the order of the arrays, ``USERS_AT_ONCE`` at a time, on the CPU.
+    """All held-out users in the order of the arrays, in few large blocks.
+
+    The users are held as a whole, and where a block ends is known on the CPU: cutting the blocks
+    out moves no histories and does not wait for a device.
 
     Args:
         sequences: The arrays, as ``check_sequences`` describes them.
@@ -54,29 +59,60 @@ class UserBlocks:
 
     def __init__(self, sequences: Mapping[str, np.ndarray], filter_seen: bool) -> None:
         check_sequences(sequences)
-        self.sequences = sequences
+        self.items = torch.tensor(sequences["items"], dtype=torch.int32)
+        self.targets = torch.tensor(sequences["targets"], dtype=torch.int64)
+        self.offsets = torch.tensor(sequences["offsets"], dtype=torch.int64)  # stay on the CPU
+        self.stops = self.offsets[1:]
+        self.lengths = self.offsets.diff().clamp(max=int(sequences["max_length"][0]))
+        self.cuts = _cuts(self.lengths.numpy(), self.items.device)
         self.filter_seen = filter_seen
-        self.starts = range(0, len(sequences["users"]), USERS_AT_ONCE)
+
+    def to(self, device: torch.device | str) -> UserBlocks:
+        """Return blocks of the same users, to be cut out on ``device``, as large as suits it."""
+        moved = copy.copy(self)
+        moved.items = self.items.to(device)
+        moved.targets = self.targets.to(device)
+        moved.stops = self.stops.to(device)
+        moved.cuts = _cuts(self.lengths.numpy(), moved.items.device)
+        return moved
 
     def __len__(self) -> int:
         """Number of blocks."""
-        return len(self.starts)
+        return len(self.cuts) - 1
 
     def __iter__(self) -> Iterator[UserBlock]:
-        """Yield the blocks."""
-        max_length = int(self.sequences["max_length"][0])
-        for start in self.starts:
-            bounds = self.sequences["offsets"][start : start + USERS_AT_ONCE + 1]
-            history = _int64(self.sequences["items"][bounds[0] : bounds[-1]])
-            offsets = _int64(bounds - bounds[0])
-            lengths = offsets.diff()
-            items_left = torch.repeat_interleave(offsets[1:], lengths) - torch.arange(len(history))
-            yield UserBlock(
-                history[items_left <= max_length],
-                Packing.from_lengths(lengths.clamp(max=max_length)),
-                _int64(self.sequences["targets"][start : start + USERS_AT_ONCE]),
-                (history, offsets) if self.filter_seen else None,
-            )
+        """Cut the blocks out, one at a time."""
+        for start, stop in pairwise(self.cuts):
+            yield self._block(start, stop)
+
+    def _block(self, start: int, stop: int) -> UserBlock:
+        packing = Packing.from_lengths(self.lengths[start:stop], self.items.device)
+        firsts = self.stops[start:stop] - packing.lengths
+        seen = None
+        if self.filter_seen:
+            offsets = self.offsets[start : stop + 1]
+            first, last = offsets[[0, -1]].tolist()
+            seen = (self.items[first:last].long(), offsets - first)
+        return UserBlock(
+            self.items[firsts[packing.sequence] + packing.place].long(),
+            packing,
+            self.targets[start:stop],
+            seen,
+        )
+
+
+def _cuts(lengths: np.ndarray, device: torch.device) -> list[int]:
+    """Return where blocks of users whose histories have these lengths start, and the end."""
+    on_cpu = device.type == "cpu"
+    tokens_at_once = TOKENS_AT_ONCE_ON_CPU if on_cpu else TOKENS_AT_ONCE
+    cuts = [0]
+    while cuts[-1] < len(lengths):
+        block = lengths[cuts[-1] : cuts[-1] + USERS_AT_ONCE]
+        tokens = block.cumsum()
+        if on_cpu:
+            tokens = np.maximum.accumulate(block) * np.arange(1, len(block) + 1)
+        cuts.append(cuts[-1] + max(1, int(np.searchsorted(tokens, tokens_at_once, "right"))))
+    return cuts
 
 
 def check_sequences(sequences: Mapping[str, np.ndarray]) -> None:
@@ -131,8 +167,3 @@ def check_items(name: str, items: np.ndarray, lowest: int, n_items: int) -> None
         raise ValueError(
             f"{name} must lie in {lowest}..{n_items - 1}, got {items.min()}..{items.max()}"
         )
-
-
-def _int64(array: np.ndarray) -> Tensor:
-    """Copy to a tensor of int64."""
-    return torch.from_numpy(array.astype(np.int64))

@@ -1,23 +1,30 @@
 """Where each user's target stands among all items, and which items stand first.
 
 Items are ordered by score, equal scores by id, the lower first. The order is total, so that scores
-give one rank and one list of top items, whatever the device and the size of the blocks.
+give one rank and one list of top items, whatever the device, the size of the blocks and the shards
+of the item table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn import functional as F
 
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
 
-SCORES_AT_ONCE = 2**24
-"""Most scores held at once, unless one user has more: 0.3 GB with all that is made of them."""
+SCORES_AT_ONCE = 2**26
+"""Most scores held at once, unless one user has more: 256 MiB. With what is made of them there are
+0.6 GiB; for lists of top items up to 1 GiB, where equal scores contest the last place of each."""
+
+SCORES_AT_ONCE_ON_CPU = 2**21
+"""The same on a CPU, where they should stay in the cache: 8 MiB."""
 
 NEVER_RANKED = torch.iinfo(torch.int64).max
 """Rank of a target that is in the history while seen items are left out: beyond every cutoff."""
@@ -25,21 +32,74 @@ NEVER_RANKED = torch.iinfo(torch.int64).max
 NO_ITEM = -1
 """Fills the end of a list of top items where fewer items are left than it has places."""
 
-_LEFT_OUT = torch.iinfo(torch.int64).min
-"""Key of a seen item, below those of all scores."""
+_LEFT_OUT = -torch.inf
+"""Score of a seen item, below those of all others."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranks and top items of some users.
+    """Ranks and top items of some users; ``join_rankings`` checks that they mean something.
 
     Attributes:
         target_ranks: Rank of each user's target, 1 the best, or ``NEVER_RANKED``; int64 [users].
         top_items: The first k items of each user, best first, then ``NO_ITEM``; int64 [users, k].
+        finite: Whether all scores of a user are finite, without which the rest is void; bool
+            [users].
     """
 
     target_ranks: Tensor
     top_items: Tensor
+    finite: Tensor
+
+    def cpu(self) -> Ranking:
+        """Return the same ranking on the CPU."""
+        return Ranking(self.target_ranks.cpu(), self.top_items.cpu(), self.finite.cpu())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of an item table that is spread over the ranks of a process group.
+
+    Attributes:
+        first_item: Id of the item in this rank's first row; those in the next rows follow it.
+        largest: Rows of the rank that has most, the same number on all ranks: it decides how many
+            users they score at once.
+        group: The ranks that hold the table.
+    """
+
+    first_item: int
+    largest: int
+    group: distributed.ProcessGroup
+
+    @classmethod
+    def in_order_of_ranks(cls, n_rows: int, group: distributed.ProcessGroup) -> Shard:
+        """Return this rank's shard of a table whose rows are laid out rank after rank.
+
+        All ranks of the group call it together, each with its number of rows.
+
+        Raises:
+            ValueError: A rank holds no row; raised on all of them.
+        """
+        sizes = [0] * group.size()
+        distributed.all_gather_object(sizes, n_rows, group)
+        if min(sizes) < 1:
+            raise ValueError(f"every rank must hold a row of the item table, got {sizes} rows")
+        first_items = list(accumulate(sizes, initial=0))
+        return cls(first_items[group.rank()], max(sizes), group)
+
+    def greatest(self, values: Tensor) -> None:
+        """Replace values, of the same shape on all ranks, by the greatest of the ranks."""
+        distributed.all_reduce(values, distributed.ReduceOp.MAX, self.group)
+
+    def total(self, values: Tensor) -> None:
+        """Replace values, of the same shape on all ranks, by their sum over the ranks."""
+        distributed.all_reduce(values, distributed.ReduceOp.SUM, self.group)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Set the rows of all ranks side by side: [n, k] of each to [n, ranks * k] on all."""
+        parts = [torch.empty_like(values) for _ in range(self.group.size())]
+        distributed.all_gather(parts, values, self.group)
+        return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()
@@ -49,37 +109,73 @@ def rank_block(
     targets: Tensor,
     seen: tuple[Tensor, Tensor] | None,
     k: int,
+    shard: Shard | None = None,
 ) -> Ranking:
     """Rank all items for some users by the product of hidden state and item embedding.
 
     Products are taken in float32, also under autocast. Whatever the number of users, no more than
-    ``SCORES_AT_ONCE`` scores exist at once.
+    ``SCORES_AT_ONCE`` scores exist at once. With k = 0 nothing here waits for a GPU.
 
     Args:
         hidden: A state for each user, [users, d].
-        item_embeddings: The item table, [n_items, d].
+        item_embeddings: The item table, [n_items, d], or this rank's rows of it.
         targets: The item to find, int64 [users].
         seen: Items to leave out: those of user i are ``items[offsets[i]:offsets[i + 1]]`` of
-            (items [total], offsets int64 [users + 1]). None leaves out nothing.
+            (items int64 [total], offsets int64 [users + 1]). None leaves out nothing. The offsets
+            belong on the CPU: on a GPU they have to be waited for.
         k: Length of the list of top items; with 0 only ranks are computed.
+        shard: Where the table is spread over ranks, which rows these are. All ranks call this with
+            the same users, items to find and items to leave out, and get the same ranking.
 
     Raises:
-        ValueError: The shapes do not fit together, or scores are not finite.
+        ValueError: The shapes do not fit together. Scores that are not finite are errors too, which
+            ``join_rankings`` raises.
     """
     n_users, n_items = len(hidden), len(item_embeddings)
-    if len(targets) != n_users:
-        raise ValueError(f"{n_users} hidden states need as many targets, got {len(targets)}")
-    if seen is not None and len(seen[1]) != n_users + 1:
-        raise ValueError(f"{n_users} hidden states need {n_users + 1} offsets, got {len(seen[1])}")
-    target_ranks = torch.empty(n_users, dtype=torch.int64, device=hidden.device)
-    top_items = torch.empty(n_users, k, dtype=torch.int64, device=hidden.device)
-    block = max(1, SCORES_AT_ONCE // n_items)
-    for start in range(0, n_users, block):
-        users = slice(start, start + block)
-        scores = _scores(hidden[users], item_embeddings)
-        block_seen = seen and (seen[0], seen[1][start : start + block + 1])
-        target_ranks[users], top_items[users] = _rank(scores, targets[users], block_seen, k)
-    return Ranking(target_ranks, top_items)
+    _check_sizes(n_users, n_items, targets, seen, shard)
+    device = hidden.device
+    table = item_embeddings.float()
+    first_item, largest = (shard.first_item, shard.largest) if shard else (0, n_items)
+    at_once = SCORES_AT_ONCE_ON_CPU if device.type == "cpu" else SCORES_AT_ONCE
+    at_once = max(1, at_once // largest)
+    starts = range(0, n_users, at_once)
+    left_out = _cut(seen, [*starts, n_users], device) if seen else None
+    target_ranks = torch.empty(n_users, dtype=torch.int64, device=device)
+    top_items = torch.empty(n_users, k, dtype=torch.int64, device=device)
+    finite = torch.empty(n_users, dtype=torch.bool, device=device)
+    for block, start in enumerate(starts):
+        users = slice(start, start + at_once)
+        with torch.autocast(device.type, enabled=False):
+            scores = hidden[users].float() @ table.T
+        all_finite = scores.amin(dim=1).isfinite() & scores.amax(dim=1).isfinite()
+        if left_out:
+            rows, items = left_out[block]
+            _leave_out(scores, rows, items - first_item, shard)
+        target_ranks[users], finite[users] = _rank_targets(
+            scores, targets[users] - first_item, all_finite, shard
+        )
+        if k > 0:
+            top_items[users] = _top_items(scores, k, shard)
+    return Ranking(target_ranks, top_items, finite)
+
+
+def join_rankings(rankings: Sequence[Ranking]) -> Ranking:
+    """Join the rankings of one or more blocks of users, on the CPU.
+
+    Raises:
+        ValueError: Some users' scores are not finite.
+    """
+    finite = torch.cat([ranking.finite for ranking in rankings]).cpu()
+    if not finite.all():
+        raise ValueError(
+            f"{int((~finite).sum())} of {len(finite)} users have scores that are not finite: "
+            "their hidden states or the item embeddings hold NaN, infinity or huge numbers"
+        )
+    return Ranking(
+        torch.cat([ranking.target_ranks for ranking in rankings]).cpu(),
+        torch.cat([ranking.top_items for ranking in rankings]).cpu(),
+        finite,
+    )
 
 
 def rank_all(
@@ -111,63 +207,131 @@ def rank_all(
             f"the sequences are of {n_items} items, but {len(item_embeddings)} have an embedding; "
             "train and evaluate on the same data"
         )
-    target_ranks, top_items = [], []
-    for on_host in track(UserBlocks(sequences, filter_seen), description="Ranking"):
-        block = on_host.to(item_embeddings.device)
+    blocks = UserBlocks(sequences, filter_seen).to(item_embeddings.device)
+    rankings = []
+    for block in track(blocks, description="Ranking"):
         ranking = rank_block(encode(block), item_embeddings, block.targets, block.seen, k)
-        target_ranks.append(ranking.target_ranks.cpu())
-        top_items.append(ranking.top_items.int().cpu())
+        rankings.append(ranking.cpu())  # the lists of all users may be too long for the device
+    ranking = join_rankings(rankings)
     return {
         "users": sequences["users"],
         "targets": sequences["targets"],
-        "target_ranks": torch.cat(target_ranks).numpy(),
-        "top_items": torch.cat(top_items).numpy(),
+        "target_ranks": ranking.target_ranks.numpy(),
+        "top_items": ranking.top_items.int().numpy(),
         "n_items": sequences["n_items"],
     }
 
 
-def _scores(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
-    """Score every item for every user: float32 [users, n_items], all finite."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = hidden.float() @ item_embeddings.float().T
-    finite = scores.isfinite().all(dim=1)
-    if not finite.all():
+def _check_sizes(
+    n_users: int,
+    n_items: int,
+    targets: Tensor,
+    seen: tuple[Tensor, Tensor] | None,
+    shard: Shard | None,
+) -> None:
+    if n_items == 0:
+        raise ValueError("item_embeddings must hold a row or more, got none")
+    if shard is not None and n_items > shard.largest:
         raise ValueError(
-            f"{int((~finite).sum())} of {len(finite)} users have scores that are not finite: "
-            "their hidden states or the item embeddings hold NaN, infinity or huge numbers"
+            f"shard.largest is {shard.largest} rows, but item_embeddings holds {n_items}"
         )
-    return scores
+    if len(targets) != n_users:
+        raise ValueError(f"{n_users} hidden states need as many targets, got {len(targets)}")
+    if seen is not None and len(seen[1]) != n_users + 1:
+        raise ValueError(f"{n_users} hidden states need {n_users + 1} offsets, got {len(seen[1])}")
 
 
-def _rank(
-    scores: Tensor, targets: Tensor, seen: tuple[Tensor, Tensor] | None, k: int
+def _cut(
+    seen: tuple[Tensor, Tensor], cuts: list[int], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Cut the items to leave out into those of users from one cut to the next.
+
+    Returns:
+        For each of these: the rows of the scores, counted from the cut, and the items.
+    """
+    items, offsets = seen
+    bounds = offsets[cuts].tolist()
+    if bounds[0] != 0 or bounds[-1] != len(items):
+        raise ValueError(
+            f"the offsets of seen items must run from 0 to {len(items)}, the number of items, "
+            f"got {bounds[0]} to {bounds[-1]}"
+        )
+    lengths = offsets.diff().to(device, non_blocking=True)
+    rows = torch.repeat_interleave(lengths, output_size=len(items))
+    return [
+        (rows[start:stop] - first_user, items[start:stop])
+        for first_user, (start, stop) in zip(cuts, pairwise(bounds), strict=False)
+    ]
+
+
+def _leave_out(scores: Tensor, rows: Tensor, items: Tensor, shard: Shard | None) -> None:
+    """Put seen items, numbered from the first of the shard, below all others."""
+    if shard is None:
+        scores.index_put_((rows, items), scores.new_full((), _LEFT_OUT))
+        return
+    # What is elsewhere has to go somewhere without changing it: to pick out the rest would wait.
+    n_items = scores.shape[1]
+    here = (items >= 0) & (items < n_items)
+    places = rows * n_items + items.clamp(0, n_items - 1)
+    scores.view(-1).scatter_reduce_(0, places, torch.where(here, _LEFT_OUT, torch.inf), "amin")
+
+
+def _rank_targets(
+    scores: Tensor, targets: Tensor, finite: Tensor, shard: Shard | None
 ) -> tuple[Tensor, Tensor]:
-    """Rank by scores [users, n_items], which are overwritten: target ranks and top items."""
-    keys = _keys(scores)
-    if seen is not None:
-        items, offsets = seen
-        rows = torch.repeat_interleave(offsets.diff())
-        keys[rows, items[offsets[0] : offsets[-1]].long()] = _LEFT_OUT
-    target_keys = keys.gather(1, targets[:, None])
-    ranks = 1 + (keys > target_keys).sum(dim=1)
-    ranks.masked_fill_(target_keys[:, 0] == _LEFT_OUT, NEVER_RANKED)
-    return ranks, _top_items(keys, k)
+    """Rank targets, numbered from the first item of the shard, by scores [users, n_items].
+
+    Returns:
+        Their ranks, int64 [users], and which users' scores are finite on all ranks.
+    """
+    n_items = scores.shape[1]
+    targets = targets[:, None]
+    if shard is None:
+        target_scores = scores.gather(1, targets)
+    else:
+        target_scores = scores.gather(1, targets.clamp(0, n_items - 1))
+        target_scores.masked_fill_((targets < 0) | (targets >= n_items), _LEFT_OUT)
+        shard.greatest(target_scores)
+    ahead = scores == target_scores
+    ahead &= torch.arange(n_items, device=scores.device) < targets
+    ahead |= scores > target_scores
+    # A sum of bools first turns all of them into the type of the sum.
+    counts = torch.stack([ahead.sum(dim=1, dtype=torch.int32), ~finite])
+    if shard is not None:
+        shard.total(counts)
+    ranks = (1 + counts[0].long()).masked_fill_(target_scores[:, 0] == _LEFT_OUT, NEVER_RANKED)
+    return ranks, counts[1] == 0
+
+
+def _top_items(scores: Tensor, k: int, shard: Shard | None) -> Tensor:
+    """Find the first k items by scores [users, n_items] of the shard: ids, int64 [users, k]."""
+    n_items = scores.shape[1]
+    width = min(k, n_items)
+    # One place more than asked for tells whether equal scores contest the last one: topk may give
+    # that to any of them, also to the wrong zero, as -0 is less than 0 to it.
+    values, items = scores.topk(min(k + 1, n_items), dim=1)
+    contested = (values[:, width - 1 : width] == values[:, width:]).any(dim=1)
+    items = items[:, :width]
+    rows = contested.nonzero()[:, 0]  # waits for the device
+    items[rows] = _keys(scores[rows]).topk(width, dim=1).indices
+    values = scores.gather(1, items).add_(0.0)  # makes -0 into 0, which sort may tell apart
+    items = F.pad(items, (0, k - width))
+    values = F.pad(values, (0, k - width), value=_LEFT_OUT)
+    if shard is not None:
+        items, values = shard.gather(items + shard.first_item), shard.gather(values)
+    items, by_id = items.sort(dim=1)
+    values, by_score = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    items = items.gather(1, by_score).masked_fill_(values == _LEFT_OUT, NO_ITEM)
+    return items[:, :k]
 
 
 def _keys(scores: Tensor) -> Tensor:
-    """Turn scores into distinct integers, int64 [users, n_items], in the order of the items."""
+    """Turn scores into distinct integers, int64 [users, n_items], in the order of the items.
+
+    The scores are overwritten.
+    """
     # Floats compare as their bits do, once the bits of negative ones are turned around; adding 0
     # makes -0 into 0. The score then takes the upper half of the key, the id the lower.
     bits = scores.add_(0.0).view(torch.int32)
-    keys = torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits).long()
-    return keys.mul_(2**32).sub_(torch.arange(scores.shape[1], device=scores.device))
-
-
-def _top_items(keys: Tensor, k: int) -> Tensor:
-    """Find the k items with the greatest keys, int64 [users, k]."""
-    top_items = torch.full((len(keys), k), NO_ITEM, device=keys.device)
-    if k > 0:
-        width = min(k, keys.shape[1])
-        top_keys, items = keys.topk(width, dim=1)
-        top_items[:, :width] = items.masked_fill(top_keys == _LEFT_OUT, NO_ITEM)
-    return top_items
+    bits ^= (bits >> 31) & torch.iinfo(torch.int32).max
+    return bits.long().mul_(2**32).sub_(torch.arange(scores.shape[1], device=scores.device))

@@ -1,1 +1,1 @@
-"""Training: batches of windows, the Lightning module around backbone and loss, one call to fit."""
+"""Training: batches on the device, backbone and loss step by step, checkpoints, several ranks."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlocks
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
-from sce_pipeline.evaluation.ranking import rank_block
+from sce_pipeline.evaluation.ranking import join_rankings, rank_block
 from sce_pipeline.models import Backbone
 from sce_pipeline.training.ranks import Ranks
 
@@ -38,8 +38,8 @@ class Validation:
     ) -> None:
         self.model = model
         self.ranks = ranks
-        blocks = list(UserBlocks(sequences, filter_seen))
-        self.blocks = [block.to(ranks.device) for block in blocks[ranks.rank :: ranks.world]]
+        users = UserBlocks(sequences, filter_seen).to(ranks.device)
+        self.blocks = list(users)[ranks.rank :: ranks.world]
         self.n_users = len(sequences["users"])
 
     def measure(self) -> dict[str, float]:
@@ -54,10 +54,12 @@ class Validation:
 
     @torch.inference_mode()
     def _target_ranks(self) -> Tensor:
-        """Rank the targets of this process's users, int64 [users]."""
-        found = [torch.empty(0, dtype=torch.int64, device=self.ranks.device)]
+        """Rank the targets of this process's users, int64 [users] on the CPU."""
+        rankings = []
         for block in self.blocks:
             hidden = self.model.encode_last(self.model.embed(block.items), block.packing)
             table = self.model.item_embeddings
-            found.append(rank_block(hidden, table, block.targets, block.seen, k=0).target_ranks)
-        return torch.cat(found)
+            rankings.append(rank_block(hidden, table, block.targets, block.seen, k=0))
+        if not rankings:  # more processes than blocks of users
+            return torch.empty(0, dtype=torch.int64)
+        return join_rankings(rankings).target_ranks
