@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,12 +59,23 @@ def test_values_and_gradients_equal_the_oracle(causal, n_heads, size, device, dt
         pytest.param("cuda", torch.bfloat16, marks=on_gpu),
     ],
 )
-def test_dropout_leaves_the_mean_and_drops_its_share(device, dtype):
+def test_dropout_drops_its_share_the_same_forward_and_backward(device, dtype):
     torch.manual_seed(0)
-    packing = Packing.from_lengths(torch.full((64,), 100), device)
-    query = torch.zeros(6400, 1, 16, device=device, dtype=dtype)
-    value = torch.ones_like(query)
-    kept = attend(query, query, value, packing, dropout=0.4, causal=False).float()
-    assert kept.mean() == pytest.approx(1.0, abs=0.02)
-    # A row sums 100 weights of 0.01 / 0.6, each there with probability 0.6.
-    assert kept[:, 0, 0].std() == pytest.approx((0.4 / 0.6 / 100) ** 0.5, rel=0.1)
+    lengths = [16, 3, 0, 9, 16] * 40
+    packing = Packing.from_lengths(torch.tensor(lengths), device)
+    query = torch.zeros(sum(lengths), 1, 16, device=device, dtype=dtype)
+    # Each place has a unit vector of its own as its value: what comes out are the weights.
+    value = torch.eye(16, device=device, dtype=dtype)[packing.place][:, None].requires_grad_()
+    weights = attend(query, query, value, packing, dropout=0.4, causal=False)
+    gradient = torch.randn_like(value)
+    weights.backward(gradient)
+    tensors = (weights, gradient, value.grad)
+    parts = zip(*(x[:, 0].double().cpu().split(lengths) for x in tensors), strict=True)
+    kept = []
+    for row, (found, of_output, of_value) in enumerate(parts):
+        n = lengths[row]
+        expected = found[:, :n].T @ of_output
+        torch.testing.assert_close(of_value, expected, rtol=2e-2, atol=2e-2)
+        kept += (found[:, :n] * n).flatten().tolist()
+    assert set(np.round(kept, 1)) == {0.0, 1.7}  # nothing, or 1 / 0.6
+    assert np.mean(np.array(kept) > 0) == pytest.approx(0.6, abs=0.02)

@@ -21,7 +21,9 @@ def weights_of(model):
     """All weights but the item table, each with a gradient to add to."""
     weights = [weight for weight in model.parameters() if weight is not model.item_embeddings]
     for weight in weights:
-        weight.grad = torch.full_like(weight, 0.5)
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
+        weight.grad.fill_(0.5)  # in place: that is where a recording adds to
     return weights
 
 

@@ -21,7 +21,9 @@ def attend(
     """Attend within each sequence: softmax(q·k / √(d / heads)) v for each token and head.
 
     On a GPU PyTorch's kernels for sequences of unequal length compute, FlashAttention in half
-    precision and memory-efficient attention in float32; elsewhere padded attention does.
+    precision and memory-efficient attention in float32; elsewhere padded attention does, and for
+    float32 with dropout too: there memory-efficient attention drops other weights in the backward
+    than in the forward.
 
     Args:
         query: [tokens, heads, d / heads].
@@ -36,7 +38,8 @@ def attend(
     """
     size = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16) and size <= LARGEST_HEAD
-    if not query.is_cuda or not (half or query.dtype == torch.float32):
+    single = query.dtype == torch.float32 and dropout == 0
+    if not query.is_cuda or not (half or single):
         return _attend_padded(query, key, value, packing, dropout, causal)
     widened = [F.pad(heads, (0, -size % HEAD_MULTIPLE)) for heads in (query, key, value)]
     # PyTorch's own entry to these kernels with dropout goes through nested tensors, whose handling
@@ -62,7 +65,7 @@ def attend(
             offsets,
             longest,
             longest,
-            dropout,
+            0.0,
             custom_mask_type=int(causal),
             compute_log_sumexp=torch.is_grad_enabled(),
             scale=size**-0.5,

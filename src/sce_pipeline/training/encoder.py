@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sce_pipeline.models import Packing
+from sce_pipeline.models import Backbone, Packing
 
 Encode = Callable[..., Tensor]
 """Maps embeddings [slots, d], a packing and, for masked models, the mask to hidden states."""
@@ -112,7 +112,8 @@ class ReplayedEncoder(Encoder):
         embedded = embedded.detach().clone().requires_grad_()
         tensors = ("lengths", "offsets", "sequence", "place")
         copies = {name: getattr(packing, name).clone() for name in tensors}
-        packing = replace(packing, **copies, longest=self._max_length)
+        longest = min(self._max_length, packing.n_tokens)
+        packing = replace(packing, **copies, longest=longest)
         masked = None if masked is None else masked.clone()
         state = torch.cuda.get_rng_state(embedded.device)
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -151,6 +152,14 @@ class ReplayedEncoder(Encoder):
         ]
         torch._foreach_add_(*(list(column) for column in zip(*used, strict=True)))
         return of_embedded
+
+
+def can_replay(model: Backbone, device: torch.device, half: bool) -> bool:
+    """Return whether the backbone's kernels are the same for all packings of a shape.
+
+    In float32, attention with dropout pads to the longest sequence.
+    """
+    return device.type == "cuda" and half and model.has_static_shapes
 
 
 def round_up(n: int) -> int:

@@ -20,7 +20,7 @@ from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.provenance import fingerprint
 from sce_pipeline.training.batches import TrainingBatches
 from sce_pipeline.training.checkpoint import CheckpointError, Checkpoints, locked
-from sce_pipeline.training.encoder import round_up
+from sce_pipeline.training.encoder import can_replay, round_up
 from sce_pipeline.training.history import History
 from sce_pipeline.training.interruption import interruptions
 from sce_pipeline.training.progress import Progress, peak_megabytes
@@ -100,10 +100,9 @@ def train(
     filter_seen: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train as one of ``ranks``; the other arguments and the result are those of ``fit``."""
-    run = _Run(
-        ranks, train_sequences, validation_sequences, folder, identity, parameters, filter_seen
-    )
+    arguments = train_sequences, validation_sequences, folder, identity, parameters, filter_seen
     try:
+        run = _Run(ranks, *arguments)
         run.train()
     except NotFiniteError as error:
         raise NotFiniteError(f"{error}; the last good state is in {folder}") from error
@@ -134,7 +133,7 @@ class _Run:
         if loss.needs_item_counts:
             items = torch.from_numpy(train_sequences["items"])
             loss.use_item_counts(torch.bincount(items, minlength=n_items))
-        on_gpu = ranks.device.type == "cuda"
+        half = _is_half(parameters, ranks.device)
         self.batches = TrainingBatches(
             train_sequences,
             ranks.device,
@@ -145,7 +144,7 @@ class _Run:
             with_histories=loss.needs_histories,
             rank=ranks.rank,
             n_ranks=ranks.world,
-            round_up=round_up if on_gpu and model.has_static_shapes else None,
+            round_up=round_up if can_replay(model, ranks.device, half) else None,
         )
         self.trainer = Trainer(
             model.to(ranks.device),
@@ -153,7 +152,7 @@ class _Run:
             self.batches,
             parameters,
             ranks,
-            half=_is_half(parameters, ranks.device),
+            half=half,
         )
         self.validation = Validation(model, validation_sequences, filter_seen, ranks)
         self.checkpoints = Checkpoints(folder, identity, ranks.rank, ranks.agree)

@@ -16,7 +16,7 @@ from sce_pipeline.models import Backbone
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.batches import TrainingBatch, TrainingBatches
 from sce_pipeline.training.clock import Clock
-from sce_pipeline.training.encoder import Encoder, ReplayedEncoder
+from sce_pipeline.training.encoder import Encoder, ReplayedEncoder, can_replay
 from sce_pipeline.training.item_table import ItemTable
 from sce_pipeline.training.ranks import Ranks
 
@@ -67,7 +67,7 @@ class Trainer:
             with self._precision():
                 return encode(*args)
 
-        if on_gpu and model.has_static_shapes:
+        if can_replay(model, ranks.device, half):
             self.encoder: Encoder = ReplayedEncoder(encode_in_precision, others, model.max_length)
         else:
             self.encoder = Encoder(encode_in_precision)
