@@ -7,9 +7,11 @@ from pydantic import ValidationError
 
 from helpers import ROOT
 from sce_pipeline.losses import LOSSES, build_loss
+from sce_pipeline.models import MODELS, build_model
 from sce_pipeline.parameters import (
     DataProcessingParameters,
     EvaluationParameters,
+    RunParameters,
     TrainingParameters,
 )
 from sce_pipeline.settings import CONFIG_LOADER_ARGS
@@ -42,6 +44,55 @@ def test_every_loss_goes_with_every_data_set(dataset, loss):
     assert training.seed == 7
     assert build_loss(training.loss)
     assert f"/{dataset}/{loss}/" in config["catalog"]["metrics"]["filepath"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dataset", [*DATASETS, "a_log_without_a_preset"])
+def test_every_model_goes_with_every_data_set(dataset, model):
+    parameters = load(dataset=dataset, model=model)["parameters"]
+    training = TrainingParameters.model_validate(parameters["training"])
+    assert training.model.name == parameters["model"] == model
+    assert type(build_model(training.model, 10, 5)) is MODELS[model]
+
+
+def test_there_is_a_preset_for_each_model_and_the_first_is_the_default():
+    parameters = load()["parameters"]
+    assert list(parameters["model_presets"]) == list(MODELS)
+    assert parameters["model"] == parameters["training"]["model"]["name"] == next(iter(MODELS))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_models_values_are_its_presets_the_data_sets_and_the_command_lines(model):
+    preset = load()["parameters"]["model_presets"][model]
+    plain = parse(load(model=model, dataset="yelp")).model
+    assert plain.model_dump() == preset
+    beauty = parse(load(model=model, dataset="amazon_beauty")).model
+    assert beauty.model_dump() == {**preset, "dropout": 0.6}
+    changed = parse(
+        load(model=model, dataset="amazon_beauty", training={"model": {"dropout": 0.2}})
+    ).model
+    assert changed.model_dump() == {**preset, "dropout": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "elsewhere"),
+    [
+        ("model", "gru4rec", {"model": "bert4rec"}),
+        ("loss", "bce", {"loss": "ce"}),
+        ("seed", 3, {"seed": 4}),
+    ],
+)
+def test_what_is_selected_must_be_what_is_in_force(name, chosen, elsewhere):
+    def check(parameters):
+        RunParameters.model_validate(
+            {key: value for key, value in parameters.items() if not key.startswith("_")}
+        )
+
+    parameters = load(**{name: chosen})["parameters"]
+    check(parameters)
+    message = f"{name} is {elsewhere[name]!r} but training.{name} has {chosen!r}"
+    with pytest.raises(ValidationError, match=message):
+        check({**parameters, **elsewhere})
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -112,7 +163,7 @@ def test_every_data_set_can_be_split_every_way():
             parse(load(dataset=dataset, split=split))
 
 
-@pytest.mark.parametrize("selection", [{"loss": "sec"}, {"split": "random"}])
+@pytest.mark.parametrize("selection", [{"loss": "sec"}, {"model": "gru"}, {"split": "random"}])
 def test_an_unknown_preset_is_refused_with_those_that_exist(selection):
     (name,) = selection.values()
     with pytest.raises(InterpolationResolutionError, match=f"no preset '{name}'; choose one of"):
@@ -129,6 +180,12 @@ def test_an_unknown_preset_is_refused_with_those_that_exist(selection):
         {"training": {"loss": {"n_buckets": "many"}}},
         {"training": {"model": {"dropout": 1.0}}},
         {"training": {"model": {"n_heads": 5}}},
+        {"training": {"model": {"n_layers": 2}}},
+        {"model": "gru4rec", "training": {"model": {"n_layers": 0}}},
+        {"model": "gru4rec", "training": {"model": {"n_heads": 1}}},
+        {"model": "bert4rec", "training": {"model": {"n_heads": 5}}},
+        {"model": "bert4rec", "training": {"model": {"mask_probability": 0}}},
+        {"model": "bert4rec", "training": {"model": {"last_mask_probability": 1.1}}},
         {"data_processing": {"stride": 51}},
         {"data_processing": {"split": {"quantile": 1.5}}},
         {"data_processing": {"filters": {"min_users_per_item": 0}}},

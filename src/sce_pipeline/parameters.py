@@ -22,6 +22,9 @@ from pydantic import (
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 """A number strictly between 0 and 1."""
 
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+"""The probability with which a number is dropped in training."""
+
 Implementation = Literal["auto", "torch", "triton"]
 """Who computes a loss; see ``losses.implementation``."""
 
@@ -129,23 +132,56 @@ class DataProcessingParameters(Parameters):
         return self
 
 
-class SASRecParameters(Parameters):
-    """Size of the SASRec backbone (Kang & McAuley, 2018, arXiv 1808.09781)."""
+class _TransformerParameters(Parameters):
+    """Size of a backbone of attention."""
 
-    name: Literal["sasrec"]
     hidden_size: PositiveInt
     n_blocks: PositiveInt
     n_heads: PositiveInt
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+    dropout: Dropout
 
     @model_validator(mode="after")
-    def _check_heads(self) -> SASRecParameters:
+    def _check_heads(self) -> _TransformerParameters:
         if self.hidden_size % self.n_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of n_heads, "
                 f"got hidden_size = {self.hidden_size} and n_heads = {self.n_heads}"
             )
         return self
+
+
+class SASRecParameters(_TransformerParameters):
+    """Size of the SASRec backbone (Kang & McAuley, 2018, arXiv 1808.09781)."""
+
+    name: Literal["sasrec"]
+
+
+class GRU4RecParameters(Parameters):
+    """Size of the GRU4Rec backbone (Hidasi et al., 2016, arXiv 1511.06939)."""
+
+    name: Literal["gru4rec"]
+    hidden_size: PositiveInt
+    n_layers: PositiveInt
+    dropout: Dropout
+
+
+class BERT4RecParameters(_TransformerParameters):
+    """Size of the BERT4Rec backbone (Sun et al., 2019, arXiv 1904.06690), and how it is masked.
+
+    See ``models.masking`` for ``mask_probability`` and ``last_mask_probability``.
+    """
+
+    name: Literal["bert4rec"]
+    mask_probability: OpenFraction
+    last_mask_probability: Annotated[float, Field(ge=0, le=1)]
+
+
+MASKING = frozenset({"mask_probability", "last_mask_probability"})
+"""Parameters of a model that are about its training and no part of the network."""
+
+ModelParameters = Annotated[
+    SASRecParameters | GRU4RecParameters | BERT4RecParameters, Field(discriminator="name")
+]
 
 
 class CEParameters(Parameters):
@@ -259,7 +295,7 @@ class TrainingParameters(Parameters):
     """
 
     seed: Seed
-    model: SASRecParameters
+    model: ModelParameters
     loss: LossParameters
     batch_size: PositiveInt
     batch_tokens: PositiveInt | None
@@ -328,6 +364,7 @@ class RunParameters(Parameters):
     """
 
     dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    model: str
     loss: str
     seed: Seed
     split: str
@@ -335,18 +372,20 @@ class RunParameters(Parameters):
     training: TrainingParameters
     evaluation: EvaluationParameters
     dataset_presets: dict[str, DatasetPreset]
+    model_presets: dict[str, Any]
     loss_presets: dict[str, Any]
     split_presets: dict[str, Any]
 
     @model_validator(mode="after")
     def _check_selection(self) -> RunParameters:
         for name, selected, in_force in (
+            ("model", self.model, self.training.model.name),
             ("loss", self.loss, self.training.loss.name),
             ("seed", self.seed, self.training.seed),
         ):
             if selected != in_force:
                 raise ValueError(
                     f"{name} is {selected!r} but training.{name} has {in_force!r}: choose with "
-                    f"--params or, in an experiment, in its globals.yml"
+                    f"--params or, in an experiment, loss and seed in its globals.yml"
                 )
         return self

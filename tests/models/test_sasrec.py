@@ -4,29 +4,17 @@ import math
 
 import pytest
 import torch
+from histories import HISTORIES, MAX_LENGTH, N_ITEMS, away_from_zero, pack
 from torch import nn
 from torch.nn import functional as F
 
-from sce_pipeline.models import Packing, SASRec, build_model, load_model
+from sce_pipeline.models import SASRec, build_model, load_model
 from sce_pipeline.parameters import SASRecParameters
-
-N_ITEMS, MAX_LENGTH = 30, 8
 
 
 def make_model(n_heads=2, n_blocks=2, dropout=0.0):
     torch.manual_seed(0)
-    model = SASRec(N_ITEMS, MAX_LENGTH, 12, n_blocks, n_heads, dropout).double()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms away from 0 and 1
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def pack(*histories):
-    lengths = torch.tensor([len(history) for history in histories])
-    return torch.tensor([item for history in histories for item in history]), Packing.from_lengths(
-        lengths
-    )
+    return away_from_zero(SASRec(N_ITEMS, MAX_LENGTH, 12, n_blocks, n_heads, dropout).double())
 
 
 def padded_oracle(model, history, n_padding):
@@ -54,9 +42,6 @@ def padded_oracle(model, history, n_padding):
         hidden = hidden + second(torch.relu(first(hidden)))
         hidden = hidden * real[:, None]
     return model.norm(hidden)[n_padding:]
-
-
-HISTORIES = [[3], [5, 5, 7, 1], list(range(20, 28)), [0, 29]]
 
 
 @pytest.mark.parametrize("n_heads", [1, 2, 3])

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from sce_pipeline.models.backbone import Backbone
+from sce_pipeline.models.bert4rec import BERT4Rec
+from sce_pipeline.models.gru4rec import GRU4Rec
+from sce_pipeline.models.masking import draw_mask
 from sce_pipeline.models.packing import Packing
 from sce_pipeline.models.sasrec import SASRec
-from sce_pipeline.parameters import SASRecParameters
+from sce_pipeline.parameters import MASKING, ModelParameters
 
-__all__ = ["Backbone", "Packing", "SASRec", "build_model", "load_model"]
+MODELS: dict[str, Callable[..., Backbone]] = {
+    "sasrec": SASRec,
+    "gru4rec": GRU4Rec,
+    "bert4rec": BERT4Rec,
+}
+"""Each backbone by the ``name`` of its parameters; their other fields are its arguments."""
+
+__all__ = [
+    "MODELS",
+    "BERT4Rec",
+    "Backbone",
+    "GRU4Rec",
+    "Packing",
+    "SASRec",
+    "build_model",
+    "draw_mask",
+    "load_model",
+]
 
 
-def build_model(parameters: SASRecParameters, n_items: int, max_length: int) -> Backbone:
+def build_model(parameters: ModelParameters, n_items: int, max_length: int) -> Backbone:
     """Return a freshly initialised backbone for a catalogue and a longest history."""
-    return SASRec(n_items, max_length, **parameters.model_dump(exclude={"name"}))
+    arguments = parameters.model_dump(exclude={"name", *MASKING})
+    return MODELS[parameters.name](n_items, max_length, **arguments)
 
 
 def load_model(
-    parameters: SASRecParameters, weights: Mapping[str, Tensor], max_length: int
+    parameters: ModelParameters, weights: Mapping[str, Tensor], max_length: int
 ) -> Backbone:
     """Return the backbone with saved weights, for histories of at most ``max_length`` items.
 

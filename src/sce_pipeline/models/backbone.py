@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,14 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         max_length: Longest history, in items.
+        objective: What a backbone is trained for: ``next``, to predict from every item the one
+            after it, or ``masked``, to find the items in whose place ``encode`` is told to see a
+            mask.
         has_static_shapes: Whether ``encode`` launches the same kernels for all packings of as many
             tokens, so that they can be replayed as a CUDA graph.
     """
 
+    objective: ClassVar[Literal["next", "masked"]] = "next"
     has_static_shapes = True
 
     def __init__(self, n_items: int, max_length: int, hidden_size: int) -> None:
