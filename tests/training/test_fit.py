@@ -43,6 +43,31 @@ def test_every_loss_learns_and_repeats_bit_for_bit(tmp_path, loss):
     ]
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "gru4rec", "hidden_size": 16, "n_layers": 1, "dropout": 0.0},
+        {
+            "name": "bert4rec",
+            "hidden_size": 16,
+            "n_blocks": 1,
+            "n_heads": 2,
+            "dropout": 0.0,
+            "mask_probability": 0.2,
+            "last_mask_probability": 0.5,
+        },
+    ],
+    ids=lambda model: model["name"],
+)
+@pytest.mark.parametrize("loss", [PARAMETERS_OF_LOSSES[0], PARAMETERS_OF_LOSSES[2]])
+def test_other_backbones_learn_and_repeat_bit_for_bit(tmp_path, model, loss):
+    runs = [train(tmp_path / name, loss, model=model, max_epochs=30) for name in ("1", "2")]
+    (weights, history), (again, _) = runs
+    assert max(epoch["ndcg@10"] for epoch in history["epochs"]) > 0.7
+    for name, weight in weights.items():
+        assert torch.equal(weight, again[name]), name
+
+
 def test_no_loss_is_left_out():
     assert {loss["name"] for loss in PARAMETERS_OF_LOSSES} == set(LOSSES)
 

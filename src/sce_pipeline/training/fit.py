@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sce_pipeline.evaluation.device import choose_device
 from sce_pipeline.losses import build_loss
-from sce_pipeline.models import build_model
-from sce_pipeline.parameters import TrainingParameters
+from sce_pipeline.models import build_model, draw_mask
+from sce_pipeline.parameters import BERT4RecParameters, ModelParameters, TrainingParameters
 from sce_pipeline.provenance import fingerprint
 from sce_pipeline.training.batches import TrainingBatches
 from sce_pipeline.training.checkpoint import CheckpointError, Checkpoints, locked
@@ -145,6 +145,7 @@ class _Run:
             rank=ranks.rank,
             n_ranks=ranks.world,
             round_up=round_up if can_replay(model, ranks.device, half) else None,
+            draw_mask=_mask_of(parameters.model),
         )
         self.trainer = Trainer(
             model.to(ranks.device),
@@ -303,6 +304,18 @@ def _record(
         "best_epoch": history.best["epoch"],
         "epochs": history.epochs,
     }
+
+
+def _mask_of(parameters: ModelParameters) -> Callable[[Tensor, torch.Generator], Tensor] | None:
+    """Return how a masked model's masks are drawn."""
+    if not isinstance(parameters, BERT4RecParameters):
+        return None
+
+    def draw(lengths: Tensor, generator: torch.Generator) -> Tensor:
+        probabilities = parameters.mask_probability, parameters.last_mask_probability
+        return draw_mask(lengths, *probabilities, generator)
+
+    return draw
 
 
 def _is_half(parameters: TrainingParameters, device: torch.device) -> bool:

@@ -102,8 +102,8 @@ class Progress:
 
 
 def peak_megabytes(device: torch.device) -> int:
-    """Return the most memory that was in use at once: the GPU's tensors, or the process's own."""
+    """Return the most memory that PyTorch held on the GPU at once, or the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
+        return torch.cuda.max_memory_reserved(device) // 2**20
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)

@@ -17,6 +17,13 @@ METRICS = {
     "coverage": "Coverage",
     "surprisal": "Surprisal",
 }
+PART_COLOURS = {
+    "data": "#8c8c8c",
+    "backbone": MODEL_COLOUR,
+    "loss": BASELINE_COLOUR,
+    "optimiser": "#e0b04b",
+    "validation": "#7a9e7e",
+}
 _GRID = "rgba(128, 128, 128, 0.25)"  # visible on light pages and on the dark one of Kedro-Viz
 
 
@@ -50,6 +57,25 @@ def plot_training_curve(history: Mapping[str, Any]) -> go.Figure:
     loss = history["parameters"]["loss"]["name"]
     title = f"Training with {loss}: best weights after epoch {best} of {len(epochs)}"
     return _finish(figure, title, showlegend=False)
+
+
+def plot_training_time(history: Mapping[str, Any]) -> go.Figure:
+    """Draw what the parts of every epoch took: batches, backbone, loss, optimiser, validation."""
+    epochs = history["epochs"]
+    figure = go.Figure()
+    for part, colour in PART_COLOURS.items():
+        seconds = [epoch["seconds_by_part"].get(part, 0.0) for epoch in epochs]
+        share = sum(seconds) / sum(sum(epoch["seconds_by_part"].values()) for epoch in epochs)
+        numbers = [epoch["epoch"] for epoch in epochs]
+        name = f"{part} {share:.0%}"
+        figure.add_trace(go.Bar(x=numbers, y=seconds, name=name, marker={"color": colour}))
+    figure.update_xaxes(title_text="Epoch")
+    figure.update_yaxes(title_text="Seconds")
+    loss = history["parameters"]["loss"]["name"]
+    rate = np.median([epoch["tokens_per_second"] for epoch in epochs])
+    memory = max(epoch["memory_mb"] for epoch in epochs)
+    title = f"Time of training with {loss}: {rate:,.0f} tokens a second, {memory:,} MB"
+    return _finish(figure, title, barmode="stack", bargap=0.1)
 
 
 def plot_metrics(metrics: Mapping[str, Any]) -> go.Figure:

@@ -9,6 +9,7 @@ from sce_pipeline.pipelines.reporting.figures import (
     plot_item_popularity,
     plot_metrics,
     plot_training_curve,
+    plot_training_time,
 )
 from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendations
 
@@ -34,6 +35,12 @@ def create_pipeline() -> Pipeline:
                 inputs="training_history",
                 outputs="training_curve_figure",
                 name="plot_training_curve",
+            ),
+            Node(
+                plot_training_time,
+                inputs="training_history",
+                outputs="training_time_figure",
+                name="plot_training_time",
             ),
             Node(plot_metrics, inputs="metrics", outputs="metrics_figure", name="plot_metrics"),
             Node(
