@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Its functions keep the default group that there is when they are first imported, as optimisers do
+# when they are made: unless that is before there is one, no process group is ever destroyed, and a
+# process whose threads of Gloo are still there may abort when it ends.
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 from torch import distributed as dist
 
