@@ -11,6 +11,8 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
+import sce_pipeline.collectives  # noqa: F401 - before there is a group, for the reason given there
+
 
 class Ranks:
     """Processes that stay; each call of ``run`` runs one function in all of them.
@@ -50,6 +52,7 @@ class Ranks:
         for process in self.processes:
             process.join(10)
             process.kill()
+            assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
 
 
 def _serve(rank: int, world: int, store: Path, connection: Any) -> None:
