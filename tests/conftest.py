@@ -11,6 +11,7 @@ from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
 
 from helpers import ROOT
+from ranks import Ranks
 
 if not torch.cuda.is_available():  # then Triton's kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -50,3 +51,11 @@ def project(tmp_path, monkeypatch):
     configure_project("sce_pipeline")
     monkeypatch.chdir(tmp_path)
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def three_ranks(tmp_path_factory):
+    """A process group of three processes."""
+    ranks = Ranks(3, tmp_path_factory.mktemp("ranks") / "store")
+    yield ranks
+    ranks.close()

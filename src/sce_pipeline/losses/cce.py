@@ -148,14 +148,8 @@ def cut_cross_entropy(
     check_tensors(hidden, item_embeddings, targets=targets)
     for name, values in (("item_bias", item_bias), ("log_probability", log_probability)):
         if values is not None:
-            _check_per_item(name, values, item_embeddings)
-    for name, share in (("label_smoothing", label_smoothing), ("skip_mass", skip_mass)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} must be at least 0 and under 1, got {share}")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
+            check_per_item(name, values, item_embeddings)
+    check_numbers(label_smoothing, z_loss, logit_scale, skip_mass)
     if not len(hidden):
         return at_least_float32(hidden.sum() + item_embeddings[:0].sum())
     bias = None if item_bias is None else at_least_float32(item_bias)
@@ -173,7 +167,21 @@ def cut_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, item_embeddings, bias, targets, options)
 
 
-def _check_per_item(name: str, values: Tensor, item_embeddings: Tensor) -> None:
+def check_numbers(
+    label_smoothing: float, z_loss: float, logit_scale: float, skip_mass: float
+) -> None:
+    """Raise a ``ValueError`` unless the options are in their ranges; see ``cut_cross_entropy``."""
+    for name, share in (("label_smoothing", label_smoothing), ("skip_mass", skip_mass)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must be at least 0 and under 1, got {share}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
+
+
+def check_per_item(name: str, values: Tensor, item_embeddings: Tensor) -> None:
+    """Raise a ``ValueError`` unless ``values`` hold one number for each row, on its device."""
     if values.shape != item_embeddings.shape[:1]:
         raise ValueError(f"expected {name} of ({len(item_embeddings)},), got {tuple(values.shape)}")
     if values.device != item_embeddings.device:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sce_pipeline.losses import shard_passes
 from sce_pipeline.losses.cce import cut_cross_entropy
 from sce_pipeline.losses.kernels import cce as kernels
 
@@ -225,3 +226,45 @@ def test_skipped_tiles_cost_no_more_than_the_bound(skip_mass, dtype):
     lengths = float(x.double().norm(dim=1).sum())
     assert off_table <= skip_mass * lengths + rounding * lengths
     assert off_table > 0  # something was left out
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("n_tokens", "n_items", "d", "size"),
+    [
+        (9, 13, 5, 1.0),
+        (130, 7, 16, 1.0),
+        (150, 270, 33, 1.0),
+        (100, 150, 24, 40.0),
+        (5, 1, 16, 1.0),
+    ],
+)
+def test_parts_of_a_softmax(n_tokens, n_items, d, size, biased, dtype):
+    """Some of the items, and tokens whose targets are among them or not."""
+    x, w, targets = draw(n_tokens, n_items, d, size=size, dtype=dtype)
+    targets[::3] = -1
+    bias = torch.linspace(-2, 3, n_items, device=DEVICE) if biased else None
+    terms = kernels.Terms(1.3, 0.1, 0.2, 0.0, bias, None, None, None, None)
+    parts = kernels.hidden_parts(x, w, targets, terms, grad=True)
+    double = None if bias is None else bias.double()
+    expected = shard_passes.hidden_parts(x.double(), w.double(), double, targets, 1.3, grad=True)
+    tolerance = TOLERANCES[dtype]
+    # Logits are rounded in float32 whatever the dtype: 2**-24 of 200 and more.
+    torch.testing.assert_close(parts.others.double(), expected.others, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(parts.of_target.double(), expected.of_target, rtol=1e-5, atol=1e-4)
+    assert float((parts.mean.double() - expected.mean).norm()) <= tolerance * float(
+        expected.mean.norm()
+    )
+    assert kernels.hidden_parts(x, w, targets, terms, grad=False).mean is None
+
+
+@DTYPES
+def test_nan_goes_through_parts(dtype):
+    x, w, targets = draw(50, 90, 16, dtype=dtype)
+    x[3, 2] = torch.nan
+    terms = kernels.Terms(1.0, 0.0, 0.0, 0.0, None, None, None, None, None)
+    parts = kernels.hidden_parts(x, w, targets, terms, grad=True)
+    assert parts.others[3].isnan()
+    assert parts.mean[3].isnan().all()
+    assert parts.others.isnan().sum() == 1

@@ -17,6 +17,7 @@ from sce_pipeline.losses.kernels.cce_passes import (
     table_kernel,
 )
 from sce_pipeline.losses.kernels.common import launch, padded
+from sce_pipeline.losses.shard_passes import Parts
 
 MOST_SHARES = 16
 """Into which a block is split; their sums are joined one after the other."""
@@ -174,16 +175,62 @@ def hidden_pass(
         terms: The rest of the logits and the loss.
         grad: Whether to compute the gradient of the hidden states.
     """
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    sums = Sums(_no_sums(x), torch.empty_like(losses), torch.empty_like(x) if grad else None)
+    _pass_over_items(x, w, targets, terms, losses, sums, partial=False)
+    return losses, sums
+
+
+def hidden_parts(x: Tensor, w: Tensor, targets: Tensor, terms: Terms, *, grad: bool) -> Parts:
+    """Pass over some of the items for what they contribute to each token's softmax.
+
+    Args:
+        x: As in ``hidden_pass``, and likewise ``w``.
+        w: The items' embeddings.
+        targets: Rows of ``w``, -1 for an item that is not among them, int64 [tokens].
+        terms: The rest of the logits.
+        grad: Whether to compute the means.
+    """
+    terms = terms._replace(smoothing=0.0, z_loss=0.0)
+    others = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(x, dtype=torch.float32) if grad else None
+    parts = Parts(others, torch.empty_like(others), mean)
+    _pass_over_items(x, w, targets, terms, others[:0], Sums(*parts), partial=True)
+    return parts
+
+
+def joined_sums(x: Tensor, log_sum: Tensor, target_weights: Tensor) -> Sums:
+    """Return what ``table_pass`` needs from logsumexps of base 2, [tokens], joined elsewhere."""
+    lse = _no_sums(x)
+    lse[: len(x)] = log_sum
+    return Sums(lse, target_weights, None)
+
+
+def _no_sums(x: Tensor) -> Tensor:
+    # The table pass reads whole tiles: a token that is none has no softmax anywhere.
+    n_tokens, d = x.shape
+    other = tiles(x.dtype, d, table_pass=True).other
+    n_padded = triton.cdiv(n_tokens, other) * other
+    return torch.full((n_padded,), torch.inf, dtype=torch.float32, device=x.device)
+
+
+def _pass_over_items(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    terms: Terms,
+    losses: Tensor,
+    sums: Sums,
+    *,
+    partial: bool,
+) -> None:
+    """Fill ``losses`` and ``sums``; where ``partial``, ``sums`` with the fields of ``Parts``."""
     (n_tokens, d), n_items = x.shape, len(w)
+    grad = sums.grad is not None
     sizes = tiles(x.dtype, d, table_pass=False)
     plan = schedule(n_tokens, n_items, sizes, x.device)
     empty = torch.empty(0, dtype=torch.float32, device=x.device)
     new = empty.new_empty
-    # The table pass reads whole tiles: a token that is none has no softmax anywhere.
-    other = tiles(x.dtype, d, table_pass=True).other
-    lse = empty.new_full((triton.cdiv(n_tokens, other) * other,), torch.inf)
-    losses = new(n_tokens)
-    sums = Sums(lse, new(n_tokens), torch.empty_like(x) if grad else None)
     n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
     parts = new(n_parts, sizes.own, padded(d) if grad else 0)
     part_sums, part_maxima = new(n_parts, sizes.own), new(n_parts, sizes.own)
@@ -198,6 +245,7 @@ def hidden_pass(
         GRAD=grad,
         FAST=fast,
         P_SCALE=_p_scale(x.dtype, terms),
+        PARTIAL=partial,
         **_flags(terms),
     )
     arguments = (
@@ -239,7 +287,6 @@ def hidden_pass(
     )
     if n_parts:
         launch(join_hidden_kernel, (plan.n_split,), *arguments, **options, num_warps=sizes.warps)
-    return losses, sums
 
 
 def table_pass(

@@ -140,7 +140,7 @@ def hidden_kernel(
     TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, SKIP: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr,
     FAST: tl.constexpr, P_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZED: tl.constexpr,
-    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
+    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Sum exp2 of the logits, and items so weighted, for a block of tokens or a share of one."""
     pid = tl.program_id(0)
@@ -183,7 +183,7 @@ def hidden_kernel(
             token, x_tile, target, factor, safe, maximum, total, acc,
             x, w, bias, token_scale, item_scale, mean_item, mean_bias,
             losses, lse, target_weights, grad, n_tokens, n_items, scale, smoothing, z_loss,
-            D, BLOCK, BLOCK_D, GRAD, P_SCALE, HAS_BIAS, NORMALIZED, SMOOTHED, Z_LOSS,
+            D, BLOCK, BLOCK_D, GRAD, P_SCALE, HAS_BIAS, NORMALIZED, SMOOTHED, Z_LOSS, PARTIAL,
         )  # fmt: skip
     else:
         row = (pid - n_whole) * BLOCK + tl.arange(0, BLOCK)
@@ -201,7 +201,7 @@ def join_hidden_kernel(
     n_tokens, n_items, n_whole, n_shares, scale, smoothing, z_loss,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr,
     FAST: tl.constexpr, P_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZED: tl.constexpr,
-    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
+    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Join the shares of a block of tokens."""
     token = (n_whole + tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
@@ -228,7 +228,7 @@ def join_hidden_kernel(
         token, x_tile, target, factor, safe, maximum, total, acc,
         x, w, bias, token_scale, item_scale, mean_item, mean_bias,
         losses, lse, target_weights, grad, n_tokens, n_items, scale, smoothing, z_loss,
-        D, BLOCK, BLOCK_D, GRAD, P_SCALE, HAS_BIAS, NORMALIZED, SMOOTHED, Z_LOSS,
+        D, BLOCK, BLOCK_D, GRAD, P_SCALE, HAS_BIAS, NORMALIZED, SMOOTHED, Z_LOSS, PARTIAL,
     )  # fmt: skip
 
 
@@ -268,9 +268,13 @@ def _finish_hidden(
     losses, lse, target_weights, grad, n_tokens, n_items, scale, smoothing, z_loss,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr,
     P_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZED: tl.constexpr,
-    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
+    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Put the targets' terms beside the sums over the other items, and store."""
+    """Take the targets' terms out of the sums, and store what the sums are for.
+
+    Where PARTIAL, the items are not the whole catalogue: what is stored is to be joined with what
+    the rest of it gives.
+    """
     is_token = token < n_tokens
     valid = is_token & (target >= 0)
     w_target = load_rows(w, target, valid, 0, D, BLOCK_D)
@@ -293,6 +297,46 @@ def _finish_hidden(
             rounded = cast(term * item_factor, w_target.dtype).to(tl.float32)
             acc = acc - rounded[:, None] * wide_target
 
+    if PARTIAL:
+        _store_parts(
+            token, z_target, maximum, total, acc, lse, target_weights, grad, n_tokens,
+            D, BLOCK_D, GRAD, P_SCALE,
+        )  # fmt: skip
+    else:
+        _store_losses(
+            token, valid, x_tile, wide_target, item_factor, z_target, factor, maximum, total, acc,
+            token_scale, mean_item, mean_bias, losses, lse, target_weights, grad, n_tokens,
+            scale, smoothing, z_loss,
+            D, BLOCK, BLOCK_D, GRAD, P_SCALE, HAS_BIAS, NORMALIZED, SMOOTHED, Z_LOSS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_parts(
+    token, z_target, maximum, total, acc, others, of_target, mean, n_tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr, P_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Store the other items' logsumexp and mean, and the target's logit, 0 if others have it."""
+    is_token = token < n_tokens
+    tl.store(others + token, maximum + tl.log2(total), mask=is_token)
+    tl.store(of_target + token, z_target, mask=is_token)  # 0 where no row was loaded for it
+    if GRAD:
+        share = 1.0 / (total * P_SCALE)
+        share = tl.where(total > 0.0, share, tl.where(total == total, 0.0, total))
+        _store_rows(mean, token, is_token, acc * share[:, None], D, BLOCK_D)
+
+
+@triton.jit
+def _store_losses(
+    token, valid, x_tile, wide_target, item_factor, z_target, factor, maximum, total, acc,
+    token_scale, mean_item, mean_bias, losses, lse, target_weights, grad, n_tokens,
+    scale, smoothing, z_loss,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr,
+    P_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZED: tl.constexpr,
+    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """Put the targets' terms beside the sums over the other items, and store."""
+    is_token = token < n_tokens
     highest = tl.maximum(maximum, z_target)
     of_others = total * tl.exp2(maximum - highest)
     of_target = tl.exp2(z_target - highest)
