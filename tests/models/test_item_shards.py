@@ -12,7 +12,6 @@ from torch.nn import functional
 from sce_pipeline.models import item_shards
 from sce_pipeline.models.item_shards import (
     add_gradient,
-    gather_table,
     initial_rows,
     item_range,
     lookup,
@@ -64,8 +63,8 @@ def draw(n_items: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tens
     return table, items, gradient, torch.randn(n_items, 5, generator=generator).to(dtype)
 
 
-def step(rank: int, n_items: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Look up, add the gradient, and gather the table."""
+def step(rank: int, n_items: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Look up and add the gradient."""
     table, items, gradient, before = draw(n_items, dtype)
     own = item_range(n_items, rank, 3)
     rows = slice(own.start, own.stop)
@@ -77,16 +76,14 @@ def step(rank: int, n_items: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     add_gradient(
         shard_gradient, items[tokens], gradient[tokens], first_item=own.start, counts=COUNTS
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(item_shards, "BLOCK_ROWS", 2)  # so that a shard is sent in parts
-        return embeddings, shard_gradient, gather_table(shard, n_items=n_items)
+    return embeddings, shard_gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_items", [3, 13, 200])
 def test_a_step(n_items, dtype, three_ranks):
     table, items, gradient, before = draw(n_items, dtype)
-    embeddings, gradients, tables = zip(*three_ranks.run(step, n_items, dtype), strict=True)
+    embeddings, gradients = zip(*three_ranks.run(step, n_items, dtype), strict=True)
     assert torch.equal(torch.cat(embeddings), table[items])
     live = table.double().requires_grad_()
     functional.embedding(items, live).backward(gradient.double())
@@ -95,8 +92,6 @@ def test_a_step(n_items, dtype, three_ranks):
     torch.testing.assert_close(
         torch.cat(gradients), (before.double() + live.grad).to(dtype), **tolerance
     )
-    assert torch.equal(tables[0], table)
-    assert tables[1:] == (None, None)
 
 
 def look_up_wrong(rank: int) -> Tensor:
@@ -118,7 +113,6 @@ def refusals(rank: int) -> list[str]:
     calls = [
         lambda: lookup(shard, items, first_item=0, n_items=9, counts=[2, 2]),
         lambda: lookup(shard, items, first_item=0, n_items=9, counts=[3, 3, 3]),
-        lambda: gather_table(shard[:2], n_items=9),
     ]
     said = []
     for call in calls:
@@ -133,5 +127,4 @@ def test_what_is_refused(three_ranks):
     assert three_ranks.run(refusals)[1] == [
         "expected counts of the 3 ranks, got [2, 2]",
         "counts[1] is 3, but rank 1 has 2 rows",
-        "expected the 3 rows of range(3, 6) on rank 1, got 2",
     ]

@@ -96,7 +96,11 @@ def test_ranks_and_parts_share_every_step_out(histories, batch_size, n_ranks, ac
         parts = [part for step in zip(*parts_of_ranks, strict=True) for part in step]
         assert len(parts) == n_parts
         assert all(part.windows.numel() > 0 for part in parts)
-        assert sum(part.share for part in parts) == pytest.approx(1.0)
+        assert {part.step_tokens for part in parts} == {sum(part.n_tokens for part in parts)}
+        for number in range(accumulation_steps):
+            alike = parts[number * n_ranks : (number + 1) * n_ranks]
+            for part in alike:
+                assert part.counts == [other.n_tokens for other in alike]
         for step in parts_of_ranks:
             assert [part.ends_step for part in step] == [False] * (accumulation_steps - 1) + [True]
         together = torch.cat([part.windows for part in parts])

@@ -5,8 +5,11 @@ import time
 
 import pytest
 import torch
-from walks import NO_DROPOUT, train
+from walks import CCE_OPTIONS, N_ITEMS, NO_DROPOUT, train
 
+from sce_pipeline.models import build_model
+from sce_pipeline.models.item_shards import initial_rows
+from sce_pipeline.training import fit as fit_module
 from sce_pipeline.training.ranks import launch
 
 logger = logging.getLogger("sce_pipeline.tests")
@@ -29,6 +32,13 @@ def fail(ranks):
     time.sleep(60)
 
 
+def build_as_shards_do(parameters, n_items, max_length):
+    model = build_model(parameters, 1, max_length)
+    rows = initial_rows(range(n_items), n_items, parameters.hidden_size, seed=5)
+    model.item_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+    return model
+
+
 def test_ranks_add_agree_and_the_first_one_speaks(caplog):
     with caplog.at_level(logging.INFO, logger="sce_pipeline"):
         launch(2, CPU, talk, "hello")
@@ -49,14 +59,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         launch(2, torch.device("cuda"), fail)
 
 
-def test_two_ranks_train_as_one_does(tmp_path, caplog):
+@pytest.mark.parametrize("item_table", ["replicated", "sharded"])
+def test_two_ranks_train_as_one_does(tmp_path, caplog, monkeypatch, item_table):
+    loss = {"name": "cce", **CCE_OPTIONS, "logq_correction": True}
     options = {"max_epochs": 2, "model": NO_DROPOUT, "checkpoint_steps": 5}
-    _, alone = train(tmp_path / "alone", {"name": "ce"}, **options)
+    if item_table == "sharded":  # whose rows are drawn otherwise
+        monkeypatch.setattr(fit_module, "build_model", build_as_shards_do)
+    _, alone = train(tmp_path / "alone", loss, **options)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="sce_pipeline"):
-        weights, together = train(tmp_path / "two", {"name": "ce"}, **options, devices=2)
+        weights, together = train(
+            tmp_path / "two", loss, **options, devices=2, item_table=item_table
+        )
     assert together["device"].startswith("2 × ")
     assert caplog.text.count("epoch 2  loss") == 1
+    assert weights["item_embedding.weight"].shape == (N_ITEMS, 16)
     assert weights["item_embedding.weight"].isfinite().all()
     for epoch, other in zip(alone["epochs"], together["epochs"], strict=True):
         for key in ("loss", "gradient_norm", "ndcg@10"):

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from sce_pipeline.collectives import gather_rows, sum_rows
 
 BLOCK_ROWS = 2**16
-"""Rows that are drawn, or sent, at a time. Initial values depend on it."""
+"""Rows that are drawn at a time. Initial values depend on it."""
 
 
 def item_range(n_items: int, rank: int, world: int) -> range:
@@ -126,38 +126,3 @@ def _place(items: Tensor, first_item: int, n_rows: int) -> tuple[Tensor, Tensor]
     """
     offset = items - first_item
     return offset.remainder(n_rows), ((offset < 0) | (offset >= n_rows))[:, None]
-
-
-@torch.no_grad()
-def gather_table(
-    shard: Tensor, *, n_items: int, group: dist.ProcessGroup | None = None
-) -> Tensor | None:
-    """Return the whole table on the CPU of rank 0, [n_items, d], and ``None`` on other ranks.
-
-    On devices there are never more than a few of another rank's rows.
-
-    Args:
-        shard: This rank's rows of the table, those of its ``item_range``.
-        n_items: Items of all ranks together.
-        group: The ranks that share the table; all there are where ``None``.
-
-    Raises:
-        ValueError: The rows are not as many as the range holds.
-    """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    own = item_range(n_items, rank, world)
-    if len(shard) != len(own):
-        raise ValueError(f"expected the {len(own)} rows of {own} on rank {rank}, got {len(shard)}")
-    if rank:
-        for chunk in shard.split(BLOCK_ROWS):
-            dist.send(chunk.contiguous(), group=group, group_dst=0)
-        return None
-    table = torch.empty(n_items, shard.shape[1], dtype=shard.dtype)
-    table[own.start : own.stop] = shard
-    for sender in range(1, world):
-        theirs = item_range(n_items, sender, world)
-        for chunk in table[theirs.start : theirs.stop].split(BLOCK_ROWS):
-            received = torch.empty_like(chunk, device=shard.device)
-            dist.recv(received, group=group, group_src=sender)
-            chunk.copy_(received)
-    return table

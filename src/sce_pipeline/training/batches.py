@@ -31,7 +31,9 @@ class TrainingBatch:
         masked: Slots whose item is hidden from the model, bool [slots]; None hides nothing.
         predicted: Slots that the tokens are, int64 [tokens]; None stands for the first ones.
         histories: The items of each window's user, where the loss asks for them.
-        share: This part's share of the tokens of its optimisation step.
+        counts: Tokens of each rank's part.
+        slot_counts: Slots of each rank's part.
+        step_tokens: Tokens of the whole optimisation step.
         ends_step: Whether an optimisation step follows.
     """
 
@@ -42,7 +44,9 @@ class TrainingBatch:
     masked: Tensor | None
     predicted: Tensor | None
     histories: Histories | None
-    share: float
+    counts: list[int]
+    slot_counts: list[int]
+    step_tokens: int
     ends_step: bool
 
     def take(self, slots: Tensor) -> Tensor:
@@ -69,15 +73,17 @@ class Part:
 
     Attributes:
         windows: Numbers of the windows, int64 [windows].
-        n_tokens: Tokens of them all.
-        share: Their share of the step's tokens.
+        counts: Tokens of each rank's part, this one's among them.
+        n_tokens: Tokens of this part.
+        step_tokens: Tokens of the whole step.
         ends_step: Whether an optimisation step follows.
         seed: Numbers that seed what is drawn at random for this part.
     """
 
     windows: Tensor
+    counts: list[int]
     n_tokens: int
-    share: float
+    step_tokens: int
     ends_step: bool
     seed: tuple[int, ...]
 
@@ -186,16 +192,7 @@ class TrainingBatches:
         ends = np.concatenate([[0], lengths.cumsum()])
         bounds = np.cumsum([0, *self._step_sizes(lengths)])
         return [
-            [
-                Part(
-                    order[start:stop],
-                    n_tokens=int(ends[stop] - ends[start]),
-                    share=float((ends[stop] - ends[start]) / (ends[last] - ends[first])),
-                    ends_step=number == self.accumulation_steps - 1,
-                    seed=(self.seed, epoch, step, self.rank, number),
-                )
-                for number, (start, stop) in enumerate(self._own_parts(int(first), int(last)))
-            ]
+            self._parts(order, ends, int(first), int(last), (self.seed, epoch, step))
             for step, (first, last) in enumerate(pairwise(bounds))
         ]
 
@@ -210,12 +207,34 @@ class TrainingBatches:
             sizes[-2:] = [sizes[-2] + sizes[-1]]
         return sizes
 
-    def _own_parts(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Cut the windows ``first`` to ``last`` of a step evenly; yield this rank's cuts."""
+    def _parts(
+        self, order: Tensor, ends: np.ndarray, first: int, last: int, seed: tuple[int, ...]
+    ) -> list[Part]:
+        """Cut the windows ``first`` to ``last`` of a step evenly; return this rank's parts.
+
+        Args:
+            order: All windows of the epoch.
+            ends: Tokens before each of them, and in all.
+            first: Where the step starts.
+            last: Where it ends.
+            seed: Numbers of the step.
+        """
+        cuts = [first + (last - first) * part // self.n_parts for part in range(self.n_parts + 1)]
+        tokens = np.diff(ends[cuts]).tolist()
+        parts = []
         for number in range(self.accumulation_steps):
-            part = number * self.n_ranks + self.rank
-            start, stop = ((last - first) * n // self.n_parts for n in (part, part + 1))
-            yield first + start, first + stop
+            mine = number * self.n_ranks + self.rank
+            parts.append(
+                Part(
+                    order[cuts[mine] : cuts[mine + 1]],
+                    counts=tokens[number * self.n_ranks :][: self.n_ranks],
+                    n_tokens=tokens[mine],
+                    step_tokens=sum(tokens),
+                    ends_step=number == self.accumulation_steps - 1,
+                    seed=(*seed, self.rank, number),
+                )
+            )
+        return parts
 
     def batches(self, parts: list[Part]) -> Iterator[TrainingBatch]:
         """Gather ``parts``, many at a time, and yield a batch for each."""
@@ -275,7 +294,11 @@ class TrainingBatches:
             masked=masked,
             predicted=predicted,
             histories=histories,
-            share=part.share,
+            counts=part.counts,
+            slot_counts=part.counts
+            if self.round_up is None
+            else [*map(self.round_up, part.counts)],
+            step_tokens=part.step_tokens,
             ends_step=part.ends_step,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sce_pipeline.evaluation.device import choose_device
 from sce_pipeline.losses import build_loss
 from sce_pipeline.models import build_model, draw_mask
+from sce_pipeline.models.item_shards import initial_rows, item_range
 from sce_pipeline.parameters import BERT4RecParameters, ModelParameters, TrainingParameters
 from sce_pipeline.provenance import fingerprint
 from sce_pipeline.training.batches import TrainingBatches
@@ -23,6 +24,7 @@ from sce_pipeline.training.checkpoint import CheckpointError, Checkpoints, locke
 from sce_pipeline.training.encoder import can_replay, round_up
 from sce_pipeline.training.history import History
 from sce_pipeline.training.interruption import interruptions
+from sce_pipeline.training.item_table import ItemTable, ShardedItemTable
 from sce_pipeline.training.progress import Progress, peak_megabytes
 from sce_pipeline.training.ranks import Ranks, alone, launch
 from sce_pipeline.training.trainer import Epoch, NotFiniteError, Trainer
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 SAVING_SHARE = 0.05
 """Share of the time that checkpoints between epochs may take."""
+
+ITEM_TABLE = "item_embedding.weight"
+"""Name of the item table among a backbone's weights."""
 
 Sequences = Mapping[str, np.ndarray]
 
@@ -84,10 +89,24 @@ def fit(
         if parameters.devices == 1:
             return train(alone(device), *arguments)
         launch(parameters.devices, device, train, *arguments)
-        state = Checkpoints(checkpoints, identity).load()
-    if state is None:
-        raise CheckpointError(f"training ended, but left nothing in {checkpoints}")
-    return state["best_weights"], _record(state["facts"], History(state["epochs"]), parameters)
+        return _collect(checkpoints, identity, parameters)
+
+
+def _collect(
+    folder: Path, identity: Mapping[str, Any], parameters: TrainingParameters
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what processes have left that have trained to the end."""
+    n_files = parameters.devices if parameters.item_table == "sharded" else 1
+    states = [Checkpoints(folder, identity, rank).load() for rank in range(n_files)]
+    found = [state for state in states if state is not None]
+    if len(found) < n_files or not History(found[0]["epochs"]).is_over(
+        parameters.max_epochs, parameters.patience
+    ):
+        raise CheckpointError(f"training ended, but its last state could not be left in {folder}")
+    weights = found[0]["best_weights"]
+    shards = [state["best_weights"][ITEM_TABLE] for state in found]
+    record = _record(found[0]["facts"], History(found[0]["epochs"]), parameters)
+    return {**weights, ITEM_TABLE: torch.cat(shards)}, record
 
 
 def train(
@@ -128,11 +147,20 @@ class _Run:
         self.parameters = parameters
         torch.manual_seed(parameters.seed)  # the same weights on all ranks
         n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
-        model = build_model(parameters.model, n_items, max_length)
+        if parameters.item_table == "sharded":
+            items = item_range(n_items, ranks.rank, ranks.world)
+            rows = initial_rows(items, n_items, parameters.model.hidden_size, parameters.seed)
+            model = build_model(parameters.model, 1, max_length)  # the rest is the same everywhere
+            model.item_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+            model.to(ranks.device)
+            table: ItemTable = ShardedItemTable(model.item_embeddings, ranks, n_items)
+        else:
+            model = build_model(parameters.model, n_items, max_length).to(ranks.device)
+            table = ItemTable(model.item_embeddings, ranks)
         loss = build_loss(parameters.loss)
         if loss.needs_item_counts:
-            items = torch.from_numpy(train_sequences["items"])
-            loss.use_item_counts(torch.bincount(items, minlength=n_items))
+            taken = torch.from_numpy(train_sequences["items"])
+            loss.use_item_counts(torch.bincount(taken, minlength=n_items))
         half = _is_half(parameters, ranks.device)
         self.batches = TrainingBatches(
             train_sequences,
@@ -148,14 +176,15 @@ class _Run:
             draw_mask=_mask_of(parameters.model),
         )
         self.trainer = Trainer(
-            model.to(ranks.device),
+            model,
+            table,
             loss.to(ranks.device),
             self.batches,
             parameters,
             ranks,
             half=half,
         )
-        self.validation = Validation(model, validation_sequences, filter_seen, ranks)
+        self.validation = Validation(model, validation_sequences, filter_seen, table, ranks)
         self.checkpoints = Checkpoints(folder, identity, ranks.rank, ranks.agree)
         self.history = History()
         self.best_weights: dict[str, Tensor] = {}
@@ -250,7 +279,7 @@ class _Run:
                 "memory_mb": peak_megabytes(self.ranks.device),
             }
         )
-        if self.history.improved and self.ranks.is_first:
+        if self.history.improved:
             self.best_weights = self.trainer.weights()
         if self.ranks.is_first:
             last, best = self.history.epochs[-1], self.history.best

@@ -1,14 +1,24 @@
-"""The item table as training sees it: looked up here, given its gradient there."""
+"""The item table as training sees it: looked up here, given its gradient there, ranked with."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from itertools import pairwise
 
+import torch
+from torch import Tensor, distributed
+
+from sce_pipeline.collectives import gather_rows
+from sce_pipeline.evaluation.ranking import Shard
+from sce_pipeline.losses import Loss
+from sce_pipeline.losses.cce import CCE
+from sce_pipeline.losses.sharded import sharded_cross_entropy
+from sce_pipeline.models.item_shards import add_gradient, item_range, lookup
 from sce_pipeline.training.batches import TrainingBatch
+from sce_pipeline.training.ranks import Ranks
 
 
 class ItemTable:
-    """The whole table on every device.
+    """The whole table on every rank.
 
     The lookup's gradient is added to the one that the loss made, in place: as a gradient of its own
     it would take as much memory again, and longer than the lookup. On a GPU the sums of items that
@@ -16,10 +26,22 @@ class ItemTable:
 
     Args:
         weight: The item embeddings, [n_items, d].
+        ranks: The processes that train together.
+
+    Attributes:
+        shard: Which rows these are, where the ranks share the table.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, ranks: Ranks) -> None:
         self.weight = weight
+        self.ranks = ranks
+        self.shard: Shard | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """The table's gradient, which the loss makes."""
+        assert self.weight.grad is not None  # noqa: S101
+        return self.weight.grad
 
     def lookup(self, batch: TrainingBatch) -> Tensor:
         """Return the embeddings of the batch's items, [slots, d], without a graph."""
@@ -27,5 +49,88 @@ class ItemTable:
 
     def add_gradient(self, batch: TrainingBatch, gradient: Tensor) -> None:
         """Add the derivative by what ``lookup`` returned, [slots, d]."""
-        assert self.weight.grad is not None, "the loss derives by the table first"  # noqa: S101
-        self.weight.grad.index_add_(0, batch.items, gradient)
+        self.gradient.index_add_(0, batch.items, gradient)
+
+    def loss(self, loss: Loss, states: Tensor, batch: TrainingBatch) -> Tensor:
+        """Return this rank's addend of a step's mean loss over its tokens."""
+        mean = loss(states, self.weight, batch.targets, batch.sequence, batch.histories)
+        return mean * (batch.counts[self.ranks.rank] / batch.step_tokens)
+
+    def sum_gradient(self) -> Tensor:
+        """Add the ranks' gradients up; returns the norm of the sum."""
+        self.ranks.add(self.gradient)
+        return torch.linalg.vector_norm(self.gradient)
+
+    def embed(self, items: Tensor) -> Tensor:
+        """Look up items that are the same on all ranks, int64 [tokens]: [tokens, d]."""
+        return self.weight.detach().index_select(0, items)
+
+
+class ShardedItemTable(ItemTable):
+    """As many rows of the table on each rank; with exact cross-entropy over all of them.
+
+    Args:
+        weight: This rank's rows, those of its ``item_range``, [rows, d].
+        ranks: The processes that share the table.
+        n_items: Items of all ranks together.
+    """
+
+    def __init__(self, weight: Tensor, ranks: Ranks, n_items: int) -> None:
+        super().__init__(weight, ranks)
+        self.n_items = n_items
+        self.items = item_range(n_items, ranks.rank, ranks.world)
+        group = distributed.group.WORLD
+        assert group is not None  # noqa: S101
+        self.shard = Shard.in_order_of_ranks(len(weight), group)
+
+    def lookup(self, batch: TrainingBatch) -> Tensor:
+        """Return the embeddings of the batch's items, [slots, d], without a graph."""
+        return self._lookup(batch.items, batch.slot_counts)
+
+    def add_gradient(self, batch: TrainingBatch, gradient: Tensor) -> None:
+        """Add the derivative by what ``lookup`` returned, [slots, d], on the ranks that hold it."""
+        first, counts = self.items.start, batch.slot_counts
+        add_gradient(self.gradient, batch.items, gradient, first_item=first, counts=counts)
+
+    def loss(self, loss: Loss, states: Tensor, batch: TrainingBatch) -> Tensor:
+        """Return the share of a step's mean loss that all ranks' tokens of this part have.
+
+        It is the same on all ranks and divided by their number, so that a sum over them is right;
+        its gradients are whole.
+        """
+        assert isinstance(loss, CCE)  # noqa: S101 - the parameters allow no other
+        offset = loss.log_probability
+        mean = sharded_cross_entropy(
+            states,
+            self.weight,
+            batch.targets,
+            first_item=self.items.start,
+            n_items=self.n_items,
+            counts=batch.counts,
+            log_probability=None if offset is None else offset[self.items.start : self.items.stop],
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+            logit_scale=loss.logit_scale,
+            skip_mass=loss.skip_mass,
+            impl=loss.impl,
+        )
+        share = mean * (sum(batch.counts) / batch.step_tokens)
+        return share + (1 / self.ranks.world - 1) * share.detach()
+
+    def sum_gradient(self) -> Tensor:
+        """Return the norm of the whole table's gradient, of which each rank has its rows'."""
+        squares = torch.linalg.vector_norm(self.gradient).square()
+        self.ranks.add(squares)
+        return squares.sqrt()
+
+    def embed(self, items: Tensor) -> Tensor:
+        """Look up items that are the same on all ranks, int64 [tokens]: [tokens, d]."""
+        bounds = [len(items) * rank // self.ranks.world for rank in range(self.ranks.world + 1)]
+        counts = [last - first for first, last in pairwise(bounds)]
+        own = items.split(counts)[self.ranks.rank]
+        return gather_rows(self._lookup(own, counts), counts)
+
+    def _lookup(self, items: Tensor, counts: list[int]) -> Tensor:
+        first = self.items.start
+        weight = self.weight.detach()
+        return lookup(weight, items, first_item=first, n_items=self.n_items, counts=counts)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from sce_pipeline.losses import Loss
 from sce_pipeline.models import Backbone
@@ -30,7 +29,8 @@ class Trainer:
 
     Args:
         model: On its device.
-        loss: Likewise.
+        table: The model's item table.
+        loss: On the same device.
         batches: What it is trained with.
         parameters: Optimisation.
         ranks: The processes that train together.
@@ -40,6 +40,7 @@ class Trainer:
     def __init__(
         self,
         model: Backbone,
+        table: ItemTable,
         loss: Loss,
         batches: TrainingBatches,
         parameters: TrainingParameters,
@@ -47,11 +48,11 @@ class Trainer:
         half: bool,
     ) -> None:
         self.model = model
+        self.table = table
         self.loss = loss
         self.batches = batches
         self.ranks = ranks
         self.half = half
-        self.table = ItemTable(model.item_embeddings)
         on_gpu = ranks.device.type == "cuda"
         others = [weight for weight in model.parameters() if weight is not self.table.weight]
         self._gradient = _share_gradient(others)
@@ -90,7 +91,7 @@ class Trainer:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """Return a copy of the backbone's weights on the CPU."""
+        """Return a copy of the backbone's weights on the CPU, of the table what this rank has."""
         return {name: w.detach().cpu().clone() for name, w in self.model.state_dict().items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -105,9 +106,7 @@ class Trainer:
         states = batch.take(hidden).detach().requires_grad_()
         clock.mark("backbone")
         with self._precision():
-            loss = batch.share * self.loss(
-                states, self.table.weight, batch.targets, batch.sequence, batch.histories
-            )
+            loss = self.table.loss(self.loss, states, batch)
         loss.backward()
         clock.mark("loss")
         assert states.grad is not None  # noqa: S101
@@ -117,9 +116,9 @@ class Trainer:
 
     def update(self) -> Tensor:
         """Take a step of the optimiser; returns the norm of the gradient."""
-        assert self.table.weight.grad is not None  # noqa: S101
-        self.ranks.add(self.table.weight.grad, self._gradient)
-        norm = get_total_norm([self.table.weight.grad, self._gradient])
+        self.ranks.add(self._gradient)
+        norms = [self.table.sum_gradient(), torch.linalg.vector_norm(self._gradient)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         self.optimizer.step()
         self.table.weight.grad = None
         self._gradient.zero_()
@@ -206,7 +205,7 @@ class Epoch:
     def step_tokens(self) -> Tensor:
         """Tokens of the steps done, of all ranks, float64 [steps]."""
         parts = (step[0] for step in self._steps[: self.done])
-        return torch.tensor([part.n_tokens / part.share for part in parts], dtype=torch.float64)
+        return torch.tensor([part.step_tokens for part in parts], dtype=torch.float64)
 
 
 def _share_gradient(weights: list[nn.Parameter]) -> Tensor:

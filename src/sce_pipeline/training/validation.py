@@ -12,6 +12,7 @@ from sce_pipeline.evaluation.held_out import UserBlocks
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
 from sce_pipeline.evaluation.ranking import join_rankings, rank_block
 from sce_pipeline.models import Backbone
+from sce_pipeline.training.item_table import ItemTable
 from sce_pipeline.training.ranks import Ranks
 
 CUTOFF = 10
@@ -26,7 +27,8 @@ class Validation:
         model: The backbone in training.
         sequences: The arrays of ``validation_sequences``.
         filter_seen: Whether to leave out the items of a user's history.
-        ranks: The processes that share the users.
+        table: The model's item table.
+        ranks: The processes that share the users or, each ranking all users, the item table.
     """
 
     def __init__(
@@ -34,12 +36,15 @@ class Validation:
         model: Backbone,
         sequences: Mapping[str, np.ndarray],
         filter_seen: bool,
+        table: ItemTable,
         ranks: Ranks,
     ) -> None:
         self.model = model
+        self.table = table
         self.ranks = ranks
         users = UserBlocks(sequences, filter_seen).to(ranks.device)
-        self.blocks = list(users)[ranks.rank :: ranks.world]
+        self.shares_users = table.shard is None
+        self.blocks = list(users)[ranks.rank :: ranks.world] if self.shares_users else list(users)
         self.n_users = len(sequences["users"])
 
     def measure(self) -> dict[str, float]:
@@ -48,7 +53,8 @@ class Validation:
         ranks = self._target_ranks()
         sums = torch.stack([ndcg(ranks, CUTOFF).sum(), hit_rate(ranks, CUTOFF).sum()])
         sums = sums.double().to(self.ranks.device)
-        self.ranks.add(sums)
+        if self.shares_users:
+            self.ranks.add(sums)
         value, hits = (sums / self.n_users).tolist()
         return {MONITOR: value, f"hr@{CUTOFF}": hits}
 
@@ -57,9 +63,9 @@ class Validation:
         """Rank the targets of this process's users, int64 [users] on the CPU."""
         rankings = []
         for block in self.blocks:
-            hidden = self.model.encode_last(self.model.embed(block.items), block.packing)
-            table = self.model.item_embeddings
-            rankings.append(rank_block(hidden, table, block.targets, block.seen, k=0))
+            hidden = self.model.encode_last(self.table.embed(block.items), block.packing)
+            arguments = hidden, self.table.weight, block.targets, block.seen
+            rankings.append(rank_block(*arguments, k=0, shard=self.table.shard))
         if not rankings:  # more processes than blocks of users
             return torch.empty(0, dtype=torch.int64)
         return join_rankings(rankings).target_ranks
