@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import INTERPRETED, launch, padded
+from sce_pipeline.losses.kernels.common import INTERPRETED, cdiv, launch, padded
 
 NO_COLUMN = tl.constexpr(2**30)
 
@@ -57,7 +57,7 @@ def nearest_projections(
     nearest = torch.empty(n_rounds, n_rows, dtype=number, device=rows.device)
     launch(
         _nearest_kernel,
-        (triton.cdiv(n_rows, tile.rows), n_rounds),
+        (cdiv(n_rows, tile.rows), n_rounds),
         rows,
         projections,
         nearest,

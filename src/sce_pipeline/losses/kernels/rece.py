@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, TRITON_DTYPES, dot, launch, padded
+from sce_pipeline.losses.kernels.common import (
+    LN_2,
+    LOG2_E,
+    TRITON_DTYPES,
+    cdiv,
+    dot,
+    launch,
+    padded,
+)
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.rece import Meetings
@@ -112,7 +120,7 @@ def token_sums(
     for round_ in range(len(meetings.token_order)):
         launch(
             _token_kernel,
-            (triton.cdiv(n_tokens, tile.held),),
+            (cdiv(n_tokens, tile.held),),
             hidden,
             item_embeddings,
             targets,
@@ -127,7 +135,7 @@ def token_sums(
         )
     launch(
         _finish_kernel,
-        (triton.cdiv(n_tokens, BLOCK),),
+        (cdiv(n_tokens, BLOCK),),
         hidden,
         item_embeddings,
         targets,
@@ -174,7 +182,7 @@ def table_gradient(
     for round_ in range(len(meetings.token_order)):
         launch(
             _table_kernel,
-            (triton.cdiv(n_items, tile.held),),
+            (cdiv(n_items, tile.held),),
             hidden,
             item_embeddings,
             targets,
