@@ -228,14 +228,17 @@ class _Tiles(NamedTuple):
         n_tokens, d = hidden.shape
         n_groups, n_negatives = groups.items.shape
         offsets, device = groups.offsets, hidden.device
-        if isinstance(offsets, int):
-            offsets = torch.arange(n_groups + 1, device=device) * offsets
-        offsets = offsets.clamp(max=n_tokens)
+        every_group = torch.arange(n_groups + 1, device=device)
         # As many as the average group has tokens, if their logits are not too many for a chunk.
         n_rows = next(chunks(-(-n_tokens // n_groups), max(n_negatives, d), device)).stop
-        n_tiles = n_tokens // n_rows + n_groups
-        # It grows by at least the tiles of each group, and in all by at most two a group.
-        first_tile = offsets // n_rows + torch.arange(n_groups + 1, device=device)
+        if isinstance(offsets, int):
+            tiles_of_group = -(-offsets // n_rows)
+            n_tiles, first_tile = n_groups * tiles_of_group, every_group * tiles_of_group
+            offsets = (every_group * offsets).clamp_(max=n_tokens)
+        else:
+            offsets = offsets.clamp(max=n_tokens)
+            # It grows by at least the tiles of each group, and in all by at most two a group.
+            n_tiles, first_tile = n_tokens // n_rows + n_groups, offsets // n_rows + every_group
         every_tile = torch.arange(n_tiles, device=device)
         every_token = torch.arange(n_tokens, device=device)
         owner = torch.searchsorted(first_tile[1:], every_tile, right=True)
