@@ -22,7 +22,10 @@ from sce_pipeline.losses.kernels.common import (
     dot,
     launch,
     padded,
+    sigmoid,
+    softplus,
 )
+from sce_pipeline.losses.kernels.rows import load_rows
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.rece import Meetings
@@ -341,7 +344,7 @@ def _token_kernel(
     token = tl.load(token_order + position, mask=live, other=0).to(tl.int64)
     place = token[:, None] * D + element[None, :]
     inside = live[:, None] & (element < D)[None, :]
-    x = tl.load(hidden + place, mask=inside, other=0.0).to(DTYPE)
+    x = load_rows(hidden, token, live, 0, D, BLOCK_D).to(DTYPE)
     target = tl.load(targets + token, mask=live, other=-1)
     begun = position < tl.where(round_ > 0, n_tokens, 0)
     reference = tl.load(references + token, mask=begun, other=LOWEST)
@@ -354,11 +357,7 @@ def _token_kernel(
     for start in range(begin, end, BLOCK_ITEMS):
         item_live = start + lane < end
         item = tl.load(item_order + start + lane, mask=item_live, other=0)
-        w = tl.load(
-            table + item.to(tl.int64)[:, None] * D + element[None, :],
-            mask=item_live[:, None] & (element < D)[None, :],
-            other=0.0,
-        ).to(DTYPE)
+        w = load_rows(table, item, item_live, 0, D, BLOCK_D).to(DTYPE)
         negative = _meet_first(
             token_chunks + token * n_rounds,
             item_chunks + item.to(tl.int64) * n_rounds,
@@ -408,15 +407,10 @@ def _finish_kernel(
     live = token < n_tokens
     place = token[:, None] * D + element[None, :]
     inside = live[:, None] & (element < D)[None, :]
-    x = tl.load(hidden + place, mask=inside, other=0.0).to(DTYPE).to(tl.float32)
+    x = load_rows(hidden, token, live, 0, D, BLOCK_D).to(DTYPE).to(tl.float32)
     target = tl.load(targets + token, mask=live, other=0)
     known = (target >= 0) & (target < n_items)
-    w = tl.load(
-        table + target[:, None] * D + element[None, :],
-        mask=known[:, None] & (element < D)[None, :],
-        other=0.0,
-    ).to(DTYPE)
-    w = w.to(tl.float32)
+    w = load_rows(table, target, known, 0, D, BLOCK_D).to(DTYPE).to(tl.float32)
     reference = tl.load(references + token, mask=live, other=0.0)
     total = tl.load(totals + token, mask=live, other=0.0)
     sums = tl.load(gradient + place, mask=inside, other=0.0)
@@ -424,11 +418,10 @@ def _finish_kernel(
     total = tl.where(total == 0, 1.0, total)  # without negatives the reference is the lowest
     positive = tl.where(known, tl.sum(x * w, 1), float("nan"))
     margin = reference * LN_2 + tl.log(total) - positive
-    softplus = tl.maximum(margin, 0.0) + tl.log(1 + tl.exp2(-tl.abs(margin) * LOG2_E))
-    missed = 1 / (1 + tl.exp2(-margin * LOG2_E))  # 1 - p of the target, without cancellation
+    missed = sigmoid(margin)  # 1 - p of the target, without cancellation
     mean = sums / total[:, None]
     tl.store(totals + token, margin, mask=live)
-    tl.store(references + token, (positive + softplus) * LOG2_E, mask=live)
+    tl.store(references + token, (positive + softplus(margin)) * LOG2_E, mask=live)
     tl.store(gradient + place, missed[:, None] * (mean - w), mask=inside)
 
 
@@ -469,9 +462,7 @@ def _table_kernel(
     live = position < n_items
     item_order += round_.to(tl.int64) * n_items
     item = tl.load(item_order + position, mask=live, other=0)
-    place = item.to(tl.int64)[:, None] * D + element[None, :]
-    inside = live[:, None] & (element < D)[None, :]
-    w = tl.load(table + place, mask=inside, other=0.0).to(DTYPE)
+    w = load_rows(table, item, live, 0, D, BLOCK_D).to(DTYPE)
     sums = tl.zeros([BLOCK_ITEMS, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_ITEMS, n_items) - 1
@@ -480,11 +471,7 @@ def _table_kernel(
     for start in range(begin, end, BLOCK_TOKENS):
         token_live = start + lane < end
         token = tl.load(token_order + start + lane, mask=token_live, other=0).to(tl.int64)
-        x = tl.load(
-            hidden + token[:, None] * D + element[None, :],
-            mask=token_live[:, None] & (element < D)[None, :],
-            other=0.0,
-        ).to(DTYPE)
+        x = load_rows(hidden, token, token_live, 0, D, BLOCK_D).to(DTYPE)
         target = tl.load(targets + token, mask=token_live, other=-1).to(tl.int32)
         log2_partition = tl.load(log2_partitions + token, mask=token_live, other=0.0)
         negative = _meet_first(
@@ -505,6 +492,7 @@ def _table_kernel(
     # Read once more, as in _token_kernel.
     item = tl.load(item_order + position, mask=live, other=-1)
     place = item.to(tl.int64)[:, None] * D + element[None, :]
+    inside = live[:, None] & (element < D)[None, :]
     begun = position < tl.where(round_ > 0, n_items, 0)
     before = tl.load(gradient + place, mask=begun[:, None] & (element < D)[None, :], other=0.0)
     tl.store(gradient + place, before + sums * (tl.load(scale) * 2.0**-SHIFT), mask=inside)
@@ -539,14 +527,9 @@ def _target_kernel(
             live = start + lane < n_tokens
             live &= tl.load(sorted_targets + start + lane, mask=live, other=-1) == item
             token = tl.load(tokens + start + lane, mask=live, other=0)
-            x = tl.load(
-                hidden + token[:, None] * D + element[None, :],
-                mask=live[:, None] & (element < D)[None, :],
-                other=0.0,
-            ).to(DTYPE)
+            x = load_rows(hidden, token, live, 0, D, BLOCK_D).to(DTYPE)
             margin = tl.load(margins + token, mask=live, other=0.0)
-            missed = 1 / (1 + tl.exp2(-margin * LOG2_E))
-            sums += tl.sum(missed[:, None] * x.to(tl.float32), 0)
+            sums += tl.sum(sigmoid(margin)[:, None] * x.to(tl.float32), 0)
             found = tl.sum(live.to(tl.int32), 0)
             start += BLOCK
         place = gradient + item * D + element
