@@ -1,13 +1,16 @@
 """Times every loss beside its peers: forward and backward, peak memory, error, share of the floor.
 
     python benchmarks/losses.py --output results.json            # on a CUDA device
-    python benchmarks/losses.py --plot results.json figure.png   # anywhere, with matplotlib
+    python benchmarks/losses.py --works 16,40,16                 # anywhere: that every row runs
+    python benchmarks/losses.py --plot results.json figure.png   # anywhere, with '.[benchmarks]'
 
 Hidden states are random normal, the item table is scaled by 0.7/√d, targets are uniform. Times are
-medians of CUDA events; the peak is what is allocated above the inputs. The floor is the larger of
-two times: the products that the loss cannot do without, at the rate of a large product of bfloat16,
-and its inputs and gradients, each moved once, at the rate of a large copy; both rates are measured
-in the same run. A peer that is not installed is left out, and said.
+medians of CUDA events, or of a few runs where one takes long; the peak is what is allocated above
+the inputs. The floor is the larger of two times: the products that the loss cannot do without, at
+the rate of a large product of bfloat16, and its inputs and gradients, each moved once, at the rate
+of a large copy; both rates are measured in the same run. A peer that is not installed is left out,
+and so is what would take too long; both are said. Without a CUDA device kernels are interpreted,
+and the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +19,27 @@ import argparse
 import importlib
 import json
 import math
+import os
 import platform
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
-from sce_pipeline.losses import LOSSES, Histories
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import triton  # noqa: E402
+
+from sce_pipeline.losses import LOSSES, Histories  # noqa: E402
 
 SEQUENCE_LENGTH = 200
 
@@ -71,6 +83,12 @@ WORKS = [
 
 LONGEST_MS = 1500
 """A loss that must be expected to take longer is left out, and said."""
+
+SLOW_MS = 100
+"""From here on a step is timed by itself, a few times in about a second."""
+
+SECONDS = 400
+"""What would start later than this after the first row is left out, and said."""
 
 BUCKETS = {Work(409_600, 173_511, 64): 882}
 RECE_SETTINGS = {
@@ -172,7 +190,11 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         function = package.LigerFusedLinearCrossEntropyFunction
         found["Liger-Kernel"] = lambda x, w, y: _first(function.apply(x, w, y))
     if hasattr(functional, "linear_cross_entropy"):
-        found["torch linear_cross_entropy"] = functional.linear_cross_entropy
+        # Without options it builds all logits, as CE does.
+        function = partial(
+            functional.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()
+        )
+        found["torch linear_cross_entropy"] = function
     return found
 
 
@@ -199,12 +221,12 @@ def _first(result: Any) -> Tensor:
 
 def draw(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden states, item table and targets on the device."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    hidden = torch.randn(work.tokens, work.d, device="cuda", generator=generator)
-    table = torch.empty(work.items, work.d, device="cuda", dtype=dtype)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(work.tokens, work.d, device=DEVICE, generator=generator)
+    table = torch.empty(work.items, work.d, device=DEVICE, dtype=dtype)
     for part in table.split(2**20):  # a table of float32 beside it may not fit
-        part.copy_(torch.randn(part.shape, device="cuda", generator=generator) * 0.7 / work.d**0.5)
-    targets = torch.randint(work.items, (work.tokens,), device="cuda", generator=generator)
+        part.copy_(torch.randn(part.shape, device=DEVICE, generator=generator) * 0.7 / work.d**0.5)
+    targets = torch.randint(work.items, (work.tokens,), device=DEVICE, generator=generator)
     return hidden.to(dtype), table, targets
 
 
@@ -229,16 +251,13 @@ def measure(entry: Entry, work: Work, rates: tuple[float, float]) -> dict[str, A
 
     try:
         step()
-        torch.cuda.synchronize()
         hidden.grad = table.grad = None
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        loss = step()
-        torch.cuda.synchronize()
-        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-        row["value"] = float(loss.detach())
-        del loss
-        row["ms"] = triton.testing.do_bench(step, warmup=20, rep=120, return_mode="median")
+        if CUDA:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        row["value"] = float(step().detach())
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6 if CUDA else 0.0
+        row["ms"] = milliseconds(step)
         _paces[entry.name] = row["ms"] / entry.operations
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"
@@ -250,13 +269,39 @@ def measure(entry: Entry, work: Work, rates: tuple[float, float]) -> dict[str, A
         _free()
     moved = 2 * sum(part.numel() * part.element_size() for part in (hidden, table))
     row["floor_ms"] = 1e3 * max(entry.operations / rates[0], moved / rates[1])
-    if entry.exact and work in CHECKED:
+    if entry.exact and work.tokens * work.items <= LARGEST_CHECKED:
         step()
         row |= errors(hidden, table, targets)
     return row
 
 
-CHECKED = {Work(25_600, 10_000, 64), Work(25_600, 173_511, 64), Work(25_600, 173_511, 256)}
+LARGEST_CHECKED = 25_600 * 173_511
+"""Logits of the largest work whose gradients are compared with those in float64."""
+
+
+def milliseconds(step: Callable[[], Any]) -> float:
+    """Return the median time of a step that ran before."""
+    times = [_once(step)]
+    if not CUDA:
+        return times[0]
+    if times[0] < SLOW_MS:
+        return triton.testing.do_bench(step, warmup=20, rep=120, return_mode="median")
+    while sum(times) < 10 * SLOW_MS and len(times) < 5:
+        times.append(_once(step))
+    return statistics.median(times)
+
+
+def _once(step: Callable[[], Any]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    step()
+    _synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 def errors(hidden: Tensor, table: Tensor, targets: Tensor) -> dict[str, float]:
@@ -279,28 +324,28 @@ def errors(hidden: Tensor, table: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def _free() -> None:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    _synchronize()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 def ceilings() -> tuple[float, float]:
     """Return the rates of a product of bfloat16, in operations/s, and of a copy, in bytes/s."""
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
-    ms = triton.testing.do_bench(lambda: a @ b, rep=200, return_mode="median")
-    source = torch.randn(2**28, device="cuda")
+    size = 8192 if CUDA else 256
+    a, b = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
+    ms = milliseconds(lambda: a @ b)
+    source = torch.randn(4 * size**2, device=DEVICE)
     target = torch.empty_like(source)
-    copied = triton.testing.do_bench(lambda: target.copy_(source), rep=200, return_mode="median")
+    copied = milliseconds(lambda: target.copy_(source))
     return 2e3 * size**3 / ms, 2e3 * source.numel() * source.element_size() / copied
 
 
-def run(output: Path) -> None:
-    """Measure everything and write it to ``output``."""
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/losses.py measures on a CUDA device, and there is none here")
+def run(output: Path, works: list[Work], seconds: float) -> None:
+    """Measure all losses at some sizes and write what was found to ``output``, row by row."""
+    start = time.monotonic()
     rates = ceilings()
     machine = {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if CUDA else platform.processor() or "CPU",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
@@ -309,10 +354,14 @@ def run(output: Path) -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows: list[dict[str, Any]] = []
-    for work in WORKS:
+    for work in works:
         print(f"\n{work.tokens:,} tokens x {work.items:,} items x {work.d}")
         for entry in entries(work):
-            rows.append(measure(entry, work, rates))
+            if time.monotonic() - start < seconds:
+                rows.append(measure(entry, work, rates))
+            else:
+                why = f"left out: {seconds:.0f} s have passed"
+                rows.append({"loss": entry.name, **work._asdict(), "failed": why})
             print(line(rows[-1]), flush=True)
             output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
@@ -328,40 +377,93 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
+class Line(NamedTuple):
+    """How a loss is drawn: its name in the rows, its label, colour, marker and dashes."""
+
+    name: str
+    label: str
+    color: str
+    marker: str
+    dashes: str = "-"
+
+
+# The colours of Okabe and Ito, which all eyes tell apart; other packages in black and grey.
+LINES = [
+    Line("CCE", "CCE", "#D55E00", "o"),
+    Line("CCE⁻ 256", "CCE⁻, 256 of each token", "#E69F00", "s"),
+    Line("CCE⁻ 1024, in a tile", "CCE⁻, 1024 of a tile", "#E69F00", "D", "--"),
+    Line("CE⁻ 1024, in a sequence", "CE⁻, 1024 of a sequence", "#009E73", "^"),
+    Line("BCE 256", "BCE, 256 of each token", "#56B4E9", "v"),
+    Line("gBCE 256", "gBCE, 256 of each token", "#56B4E9", "<", "--"),
+    Line("SCE", "SCE", "#0072B2", "P"),
+    Line("RECE", "RECE", "#CC79A7", "X"),
+    Line("CE, PyTorch", "CE, PyTorch", "#000000", "o"),
+    Line("torch linear_cross_entropy", "torch linear_cross_entropy", "#000000", "s", "--"),
+    Line("cut-cross-entropy, filtered", "cut-cross-entropy", "#777777", "^"),
+    Line("cut-cross-entropy, exact", "cut-cross-entropy, exact", "#777777", "v", "--"),
+    Line("Liger-Kernel", "Liger-Kernel", "#777777", "d", ":"),
+]
+
+
 def plot(results: Path, figure: Path) -> None:
     """Draw time and memory of each loss against the size of the catalogue."""
     from matplotlib import pyplot  # noqa: PLC0415 - needed for the figure alone
 
     content = json.loads(results.read_text())
-    pyplot.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    _, panels = pyplot.subplots(1, 2, figsize=(12, 5.5), sharex=True, layout="constrained")
-    series: dict[str, list[dict[str, Any]]] = {}
-    for row in content["rows"]:
-        if "failed" not in row and (row["tokens"], row["d"]) == (25_600, 64):
-            name = "RECE" if row["loss"].startswith("RECE") else row["loss"]
-            series.setdefault(name, []).append(row)
-    for number, (name, rows) in enumerate(series.items()):
-        rows.sort(key=lambda row: row["items"])
-        style = {
-            "marker": "osD^v<>Pp"[number % 9],
-            "markersize": 4,
-            "linewidth": 2.4 if name == "CCE" else 1.1,
-            "linestyle": "--" if "PyTorch" in name or "cut-" in name or "Liger" in name else "-",
-            "color": pyplot.get_cmap("tab20")(number % 20),
-        }
-        for panel, key in zip(panels, ("ms", "peak_mb"), strict=True):
-            panel.plot(
-                [row["items"] for row in rows], [row[key] for row in rows], label=name, **style
-            )
-    for panel, title in zip(panels, ("milliseconds a step", "peak memory, MB"), strict=True):
-        panel.set(xscale="log", yscale="log", xlabel="items in the catalogue", title=title)
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    drawing, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    for panel, (key, title) in zip(panels, PANELS.items(), strict=True):
+        for line in LINES:
+            points = points_of(content["rows"], line, key)
+            if points:
+                panel.plot(*zip(*points, strict=True), line.dashes, **style_of(line))
+        panel.set(xscale="log", yscale="log", xlabel="items in the catalogue")
+        panel.set_title(title, loc="left", weight="bold")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        panel.grid(alpha=0.25, which="major")
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.5)
+    longest = f"A line ends where a step does not fit or may take longer than {LONGEST_MS / 1e3} s."
+    drawing.supxlabel(longest, size=9, color="#555555")
     machine = content["machine"]
-    panels[0].figure.suptitle(
-        "Forward and backward of 25,600 tokens, d 64, bfloat16 unless said, on "
-        f"{machine['device']}, torch {machine['torch']}"
+    drawing.suptitle(
+        f"A step of {FIGURE_TOKENS:,} tokens, d = {FIGURE_D}, in bfloat16 "
+        f"({machine['device']}, torch {machine['torch']})"
     )
-    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    panels[0].figure.savefig(figure, dpi=130)
+    drawing.savefig(figure, dpi=150)
+
+
+FIGURE_TOKENS, FIGURE_D = 25_600, 64
+PANELS = {"ms": "Forward and backward, ms", "peak_mb": "Peak memory above the inputs, MB"}
+
+
+def points_of(rows: list[dict[str, Any]], line: Line, key: str) -> list[tuple[int, float]]:
+    """Return the numbers of items at which a loss was measured, and what was found."""
+    return sorted(
+        (row["items"], row[key])
+        for row in rows
+        if "failed" not in row
+        and (row["tokens"], row["d"]) == (FIGURE_TOKENS, FIGURE_D)
+        and is_of(row["loss"], line)
+    )
+
+
+def is_of(loss: str, line: Line) -> bool:
+    """Return whether a loss is a line's: by its name, or by its name before its sizes."""
+    return loss == line.name or (loss.startswith(f"{line.name} ") and "PyTorch" not in loss)
+
+
+def style_of(line: Line) -> dict[str, Any]:
+    """Return how matplotlib is to draw a line."""
+    return {
+        "label": line.label,
+        "color": line.color,
+        "marker": line.marker,
+        "markersize": 6,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+        "linewidth": 2.8 if line.label == "CCE" else 1.6,
+    }
 
 
 def main() -> None:
@@ -369,11 +471,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path("losses.json"))
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "FIGURE"))
+    parser.add_argument(
+        "--works", nargs="+", type=work_of, metavar="TOKENS,ITEMS,D", help="sizes to measure"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="start no row later (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.plot:
         plot(*arguments.plot)
+    elif CUDA or arguments.works:
+        run(arguments.output, arguments.works or WORKS, arguments.seconds)
     else:
-        run(arguments.output)
+        parser.error("there is no CUDA device to measure on; --works 16,40,16 tries every row")
+
+
+def work_of(text: str) -> Work:
+    """Return the sizes that a text such as ``25600,173511,64`` gives."""
+    return Work(*(int(number) for number in text.split(",")))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sce_pipeline.losses import LOSSES, Histories, Loss
+from sce_pipeline.losses.grouped import Groups
+from sce_pipeline.losses.negatives import draw_groups
+from sce_pipeline.losses.sampling import draw
 
 SAMPLED = {"n_negatives": 5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,6 +167,51 @@ def loss(request: pytest.FixtureRequest) -> Loss:
     """Every loss, with every way to draw its negatives."""
     name, arguments = request.param
     return LOSSES[name](**arguments)
+
+
+def draws_of(
+    targets: Tensor,
+    sequence: Tensor,
+    histories: Histories | None,
+    *,
+    n_items: int,
+    n_negatives: int,
+    shared: str,
+    exclude: str,
+) -> Tensor:
+    """What each token is to be given by the loss over sampled negatives that is computed next.
+
+    int64 [tokens, n_negatives], -1 where a draw is rejected whoever's target it is.
+    """
+    state = torch.get_rng_state()
+    if (shared, exclude) == ("token", "target"):
+        drawn = draw(len(targets), n_items, n_negatives, targets.device, with_coins=False)
+        items = drawn.items(0, len(targets))
+    else:
+        options = {"n_items": n_items, "n_negatives": n_negatives}
+        options |= {"shared": shared, "exclude": exclude}
+        groups = draw_groups(targets, sequence, histories, **options)
+        items = groups.items[groups_of_tokens(groups, len(targets))]
+    torch.set_rng_state(state)
+    return items
+
+
+def groups_of_tokens(groups: Groups, n_tokens: int) -> Tensor:
+    """The group of each token, int64 [tokens]."""
+    tokens = torch.arange(n_tokens, device=groups.items.device)
+    if isinstance(groups.offsets, int):
+        return tokens // groups.offsets
+    return torch.searchsorted(groups.offsets, tokens, right=True) - 1
+
+
+@pytest.fixture(scope="session", name="draws_of")
+def draws_of_fixture() -> Callable[..., Tensor]:
+    return draws_of
+
+
+@pytest.fixture(scope="session", name="groups_of_tokens")
+def groups_of_tokens_fixture() -> Callable[..., Tensor]:
+    return groups_of_tokens
 
 
 class LargestTensor(TorchDispatchMode):

@@ -7,21 +7,20 @@ import pytest
 import torch
 
 from sce_pipeline.losses import LOSSES
-from sce_pipeline.losses.bce import binary_cross_entropy
-from sce_pipeline.losses.negatives import draw_negatives
+from sce_pipeline.losses.grouped import Groups, grouped_binary_cross_entropy
 
 WAYS = list(itertools.product(("token", "sequence", "batch"), ("history", "target")))
 
 
-def oracle(batch, items, *, shared, exclude, beta):
+def oracle(batch, items, *, exclude, beta):
     """gBCE as its paper writes it: the target's probability to the power beta."""
     x, w = batch.hidden, batch.item_embeddings
     total = x.new_zeros(())
     for t, target in enumerate(batch.targets.tolist()):
         excluded = batch.excluded_of(t, exclude)
         likelihood = torch.sigmoid(x[t] @ w[target]) ** beta
-        for item in items[batch.group_of(t, shared)].tolist():
-            if item not in excluded:
+        for item in items[t].tolist():
+            if item not in {-1, *excluded}:
                 likelihood = likelihood * (1 - torch.sigmoid(x[t] @ w[item]))
         total = total - likelihood.log() / (1 + items.shape[1])
     return total / len(x)
@@ -34,15 +33,15 @@ def paper_beta(n_negatives, n_items, t):
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
 @pytest.mark.parametrize("t", [None, 0.6])
-def test_value_and_gradients(batch, agree, shared, exclude, t):
+def test_value_and_gradients(batch, agree, draws_of, shared, exclude, t):
     n_items = len(batch.item_embeddings)
     options = {"n_negatives": 3, "shared": shared, "exclude": exclude}
     loss = LOSSES["bce"](**options) if t is None else LOSSES["gbce"](**options, t=t)
     beta = 1.0 if t is None or n_items <= 3 else paper_beta(3, n_items, t)
-    negatives = draw_negatives(*batch[2:], n_items=n_items, **options)
+    items = draws_of(*batch[2:], n_items=n_items, **options)
     other = batch.like()
-    expected = oracle(other, negatives.items, shared=shared, exclude=exclude, beta=beta)
-    agree(loss.contrast(*batch[:4], negatives), batch, expected, other)
+    expected = oracle(other, items, exclude=exclude, beta=beta)
+    agree(loss(*batch), batch, expected, other)
 
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
@@ -93,28 +92,30 @@ def test_more_negatives_than_items_make_gbce_bce_and_are_told_once(make_batch, a
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logit", [1000.0, -1000.0])
 def test_gbce_at_extreme_logits(dtype, logit):
-    positive = torch.tensor([logit], dtype=dtype, requires_grad=True)
-    negative = torch.tensor([[-logit, -torch.inf]], dtype=dtype, requires_grad=True)
-    value = binary_cross_entropy(positive, negative, beta=0.25)
+    hidden = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    table = torch.tensor([[logit], [-logit]], dtype=dtype, requires_grad=True)
+    groups = Groups(torch.tensor([[1, -1]]), 1)
+    targets = torch.zeros(1, dtype=torch.int64)
+    value = grouped_binary_cross_entropy(hidden, table, targets, groups, beta=0.25, triton=False)
     value.backward()
     wrong = logit < 0
     exact = (0.25 * 1000 + 1000) / 3 if wrong else 0.0
     assert value.item() == pytest.approx(exact, rel=0.01)
-    assert positive.grad.item() == pytest.approx(-0.25 / 3 if wrong else 0.0, rel=0.01)
-    expected = [1 / 3 if wrong else 0.0, 0.0]
-    assert negative.grad[0].tolist() == pytest.approx(expected, rel=0.01)
+    expected = [-0.25 / 3, 1 / 3] if wrong else [0.0, 0.0]
+    assert table.grad[:, 0].tolist() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1000.0, -1000.0])
-def test_gbce_from_extreme_hidden_states(make_batch, dtype, scale):
+@pytest.mark.parametrize("exclude", ["history", "target"])
+def test_gbce_from_extreme_hidden_states(make_batch, dtype, scale, exclude):
     torch.manual_seed(0)
     n_items = 4000  # neither token draws its target
     batch = make_batch((1, 1), n_items=n_items, d=1, dtype=dtype)
     with torch.no_grad():
         batch.hidden.fill_(scale)
         batch.item_embeddings.fill_(1)
-    loss = LOSSES["gbce"](n_negatives=2, shared="token", exclude="target", t=0.75)
+    loss = LOSSES["gbce"](n_negatives=2, shared="token", exclude=exclude, t=0.75)
     value = loss(*batch)
     value.backward()
     exact = 2 * 1000 / 3 if scale > 0 else loss.beta(n_items) * 1000 / 3

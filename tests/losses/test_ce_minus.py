@@ -1,26 +1,24 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from sce_pipeline.losses import LOSSES, Histories
-from sce_pipeline.losses.ce_minus import log_correction
-from sce_pipeline.losses.negatives import Negatives, draw_negatives
+from sce_pipeline.losses.grouped import Groups, grouped_cross_entropy
 
 WAYS = list(itertools.product(("token", "sequence", "batch"), ("history", "target")))
 
 
-def oracle(batch, items, *, shared, exclude, corrected):
-    """CE⁻ token by token, its negatives taken from the draw ``items`` of the token's group."""
+def oracle(batch, items, *, exclude, corrected):
+    """CE⁻ token by token, given the draws of each."""
     x, w = batch.hidden, batch.item_embeddings
     total = x.new_zeros(())
     for t, target in enumerate(batch.targets.tolist()):
         excluded = batch.excluded_of(t, exclude)
-        negatives = [
-            item for item in items[batch.group_of(t, shared)].tolist() if item not in excluded
-        ]
+        negatives = [item for item in items[t].tolist() if item not in {-1, *excluded}]
         weight = (len(w) - len(excluded)) / len(negatives) if corrected and negatives else 1
         partition = (x[t] @ w[target]).exp()
         for item in negatives:
@@ -31,31 +29,12 @@ def oracle(batch, items, *, shared, exclude, corrected):
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
 @pytest.mark.parametrize("corrected", [False, True])
-def test_value_and_gradients(batch, agree, shared, exclude, corrected):
-    loss = LOSSES["ce_minus"](
-        n_negatives=6, shared=shared, exclude=exclude, log_correction=corrected
-    )
-    negatives = draw_negatives(
-        *batch[2:],
-        n_items=len(batch.item_embeddings),
-        n_negatives=6,
-        shared=shared,
-        exclude=exclude,
-    )
-    other = batch.like()
-    expected = oracle(other, negatives.items, shared=shared, exclude=exclude, corrected=corrected)
-    agree(loss.contrast(*batch[:4], negatives), batch, expected, other)
-
-
-@pytest.mark.parametrize(("shared", "exclude"), WAYS)
-def test_the_loss_is_that_of_the_negatives_it_draws(batch, agree, shared, exclude):
+def test_value_and_gradients(batch, agree, draws_of, shared, exclude, corrected):
     options = {"n_negatives": 6, "shared": shared, "exclude": exclude}
-    loss = LOSSES["ce_minus"](**options, log_correction=True)
-    torch.manual_seed(3)
-    negatives = draw_negatives(*batch[2:], n_items=len(batch.item_embeddings), **options)
+    loss = LOSSES["ce_minus"](**options, log_correction=corrected)
+    items = draws_of(*batch[2:], n_items=len(batch.item_embeddings), **options)
     other = batch.like()
-    expected = loss.contrast(*other[:4], negatives)
-    torch.manual_seed(3)
+    expected = oracle(other, items, exclude=exclude, corrected=corrected)
     agree(loss(*batch), batch, expected, other)
 
 
@@ -63,15 +42,15 @@ def test_all_candidates_once_give_the_full_cross_entropy(make_batch, agree):
     # With the target excluded, negatives that are the rest of the catalogue leave nothing out.
     batch = make_batch((4, 2), n_items=8)
     rest = torch.tensor([[i for i in range(8) if i != target] for target in batch.targets])
-    negatives = Negatives(rest, torch.zeros(6, 7, dtype=torch.bool), torch.full((6,), 7))
-    loss = LOSSES["ce_minus"](n_negatives=7, shared="token", exclude="target", log_correction=True)
+    groups = Groups(rest, 1, log_masses=math.log(7))
     other = batch.like()
-    agree(loss.contrast(*batch[:4], negatives), batch, LOSSES["ce"]()(*other), other)
+    value = grouped_cross_entropy(*batch[:3], groups, triton=False)
+    agree(value, batch, LOSSES["ce"]()(*other), other)
 
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
-def test_the_corrected_partition_function_is_unbiased(shared, exclude):
-    torch.manual_seed(11)
+def test_the_corrected_partition_function_is_unbiased(draws_of, shared, exclude):
+    torch.manual_seed(11)  # of the scores
     n_items, n_draws, n_negatives = 12, 4000, 6
     scores = torch.randn(n_items, dtype=torch.float64).exp()
     history = torch.tensor([1, 4, 7, 11])
@@ -81,8 +60,9 @@ def test_the_corrected_partition_function_is_unbiased(shared, exclude):
     # Many sequences of one token: independent draws, except where a batch shares one.
     n_sequences, n_batches = (1, n_draws) if shared == "batch" else (n_draws, 1)
     estimates = []
-    for _ in range(n_batches):
-        negatives = draw_negatives(
+    for seed in range(n_batches):
+        torch.manual_seed(seed)  # draws_of leaves the generator as it was
+        items = draws_of(
             torch.full((n_sequences,), 7),
             torch.arange(n_sequences),
             Histories(history.repeat(n_sequences), torch.arange(n_sequences + 1) * 4),
@@ -91,9 +71,10 @@ def test_the_corrected_partition_function_is_unbiased(shared, exclude):
             shared=shared,
             exclude=exclude,
         )
-        weights = log_correction(negatives, torch.float64).exp()
-        sums = (scores[negatives.items] * ~negatives.rejected).sum(1) * weights
-        estimates.append(sums[~negatives.rejected.all(1)])  # nothing drawn estimates nothing
+        valid = (items >= 0) & (items != 7)
+        weights = (n_items - len(excluded)) / valid.sum(1).clamp(min=1)
+        sums = (scores[items] * valid).sum(1) * weights
+        estimates.append(sums[valid.any(1)])  # nothing drawn estimates nothing
     estimate = torch.cat(estimates)
     error = estimate.std() / len(estimate) ** 0.5
     assert abs(estimate.mean() - exact) < 4 * error  # by chance with one seed in 16,000

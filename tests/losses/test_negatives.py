@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sce_pipeline.losses import Histories
-from sce_pipeline.losses.negatives import draw_complement, draw_groups, draw_negatives
+from sce_pipeline.losses.negatives import draw_complement, draw_groups
 
 WAYS = list(itertools.product(("token", "sequence", "batch"), ("history", "target")))
 
@@ -20,56 +21,48 @@ def histories_of(sets):
 
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
-def test_what_is_excluded_is_rejected_or_never_drawn(batch, shared, exclude):
-    n_items = len(batch.item_embeddings)
-    negatives = draw_negatives(
-        *batch[2:], n_items=n_items, n_negatives=40, shared=shared, exclude=exclude
-    )
-    n_groups = {"token": len(batch.targets), "sequence": len(batch.histories.offsets) - 1}
-    assert negatives.items.shape == (n_groups.get(shared, 1), 40)
-    assert negatives.items.min() >= 0
-    assert negatives.items.max() < n_items
-    assert negatives.rejected.shape == (len(batch.targets), 40)
-    never_drawn = exclude == "history" and shared != "batch"
-    for token in range(len(batch.targets)):
+def test_what_is_excluded_is_rejected_or_never_drawn(batch, groups_of_tokens, shared, exclude):
+    n_items, n_sequences = len(batch.item_embeddings), len(batch.histories.offsets) - 1
+    options = {"n_items": n_items, "n_negatives": 40, "shared": shared, "exclude": exclude}
+    torch.manual_seed(0)
+    groups = draw_groups(*batch[2:], **options)
+    torch.manual_seed(0)
+    of_batch = torch.randint(n_items, (40,)).tolist()
+    group_of = groups_of_tokens(groups, len(batch.targets)).tolist()
+    is_whole = (shared, exclude) == ("batch", "target")
+    n_groups = 1 if is_whole else len(batch.targets) if shared == "token" else n_sequences
+    assert groups.items.shape == (n_groups, 40)
+    assert groups.items.max() < n_items
+    for token, target in enumerate(batch.targets.tolist()):
+        assert group_of[token] == (
+            0 if is_whole else token if shared == "token" else batch.sequence[token]
+        )
         excluded = batch.excluded_of(token, exclude)
-        assert negatives.n_candidates[token] == n_items - len(excluded)
-        items = negatives.items[batch.group_of(token, shared)].tolist()
-        assert negatives.rejected[token].tolist() == [item in excluded for item in items]
-        if never_drawn and len(excluded) < n_items:
-            assert not negatives.rejected[token].any()
-
-
-@pytest.mark.parametrize(
-    ("shared", "exclude"), [("sequence", "history"), ("sequence", "target"), ("batch", "target")]
-)
-def test_groups_are_the_same_draw(batch, shared, exclude):
-    options = {"n_items": len(batch.item_embeddings), "shared": shared, "exclude": exclude}
-    torch.manual_seed(0)
-    negatives = draw_negatives(*batch[2:], n_negatives=30, **options)
-    torch.manual_seed(0)
-    groups = draw_groups(*batch[2:], n_negatives=30, **options)
-    assert groups.offsets[0] == 0
-    assert groups.offsets[-1] == len(batch.targets)
-    for token, target in enumerate(batch.targets):
-        group = batch.group_of(token, shared)
-        assert groups.offsets[group] <= token < groups.offsets[group + 1]
-        valid = (groups.items[group] >= 0) & (groups.items[group] != target)
-        assert valid.tolist() == (~negatives.rejected[token]).tolist()
-        assert torch.equal(groups.items[group][valid], negatives.items[group][valid])
-        if valid.any():
-            torch.testing.assert_close(
-                groups.log_masses[token], negatives.n_candidates[token].log()
-            )
+        items = groups.items[group_of[token]].tolist()
+        valid = [item for item in items if item not in {-1, target}]
+        assert not excluded.intersection(valid)
+        if shared == "batch":  # all that is drawn and not excluded
+            assert valid == [item for item in of_batch if item not in excluded]
+        elif exclude == "target":
+            assert -1 not in items
+        else:
+            assert len(valid) == (40 if len(excluded) < n_items else 0)
+        if valid:
+            masses = groups.log_masses
+            log_mass = masses if exclude == "target" else masses[token].item()
+            assert math.exp(log_mass) == pytest.approx(n_items - len(excluded))
 
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
 def test_who_shares_a_draw_has_the_same(make_batch, shared, exclude):
     batch = make_batch((3, 4), n_items=1000)
-    items = draw_negatives(
+    items = draw_groups(
         *batch[2:], n_items=1000, n_negatives=20, shared=shared, exclude=exclude
     ).items
-    assert len({tuple(row) for row in items.tolist()}) == len(items)
+    if shared == "batch":
+        assert ((items == items.amax(0)) | (items == -1)).all()
+    else:
+        assert len({tuple(row) for row in items.tolist()}) == len(items) > 1
 
 
 @st.composite
@@ -106,15 +99,15 @@ def far_for_chi_square(degrees):
 
 
 @pytest.mark.parametrize(("shared", "exclude"), WAYS)
-def test_valid_draws_are_uniform_over_the_candidates(make_batch, shared, exclude):
+def test_valid_draws_are_uniform_over_the_candidates(make_batch, draws_of, shared, exclude):
     torch.manual_seed(7)
     n_items = 30
     batch = make_batch((2, 3), n_items=n_items, seed=3)
-    negatives = draw_negatives(
+    drawn = draws_of(
         *batch[2:], n_items=n_items, n_negatives=20_000, shared=shared, exclude=exclude
     )
-    for token in range(len(batch.targets)):
-        valid = negatives.items[batch.group_of(token, shared)][~negatives.rejected[token]]
+    for token, target in enumerate(batch.targets):
+        valid = drawn[token][(drawn[token] >= 0) & (drawn[token] != target)]
         candidates = sorted(set(range(n_items)) - batch.excluded_of(token, exclude))
         statistic = chi_square(valid, candidates, n_items)
         assert statistic < far_for_chi_square(len(candidates) - 1)

@@ -32,6 +32,10 @@ class Histories(NamedTuple):
     offsets: Tensor
 
 
+NO_HISTORIES = Histories(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+"""What a loss is given that reads none."""
+
+
 class Loss(nn.Module, ABC):
     """A loss over a catalogue of items, as a mean over tokens.
 
@@ -78,7 +82,7 @@ class Loss(nn.Module, ABC):
         """
         check_tensors(hidden, item_embeddings, targets=targets, sequence=sequence)
         if not self.needs_histories:
-            histories = Histories(targets[:0], targets[:0])
+            histories = NO_HISTORIES
         elif histories is None:
             raise ValueError(f"{type(self).__name__} needs histories here, got None")
         else:
@@ -179,19 +183,20 @@ def check_tensors(hidden: Tensor, item_embeddings: Tensor, **per_token: Tensor) 
         ValueError: The shapes or devices do not fit together, or there is a token but no item.
     """
     tensors = {"hidden": hidden, "item_embeddings": item_embeddings, **per_token}
-    shapes = ", ".join(f"{name} {_size(tensor)}" for name, tensor in tensors.items())
+    shape, table_shape = hidden.shape, item_embeddings.shape
     if (
-        hidden.dim() != 2  # noqa: PLR2004
-        or item_embeddings.dim() != 2  # noqa: PLR2004
-        or hidden.shape[1] != item_embeddings.shape[1]
-        or any(tensor.shape != hidden.shape[:1] for tensor in per_token.values())
+        len(shape) != 2  # noqa: PLR2004
+        or len(table_shape) != 2  # noqa: PLR2004
+        or shape[1] != table_shape[1]
+        or any(tensor.shape != shape[:1] for tensor in per_token.values())
     ):
         wanted = ["hidden (tokens, d)", "item_embeddings (n_items, d)"]
         wanted += [f"{name} (tokens,)" for name in per_token]
-        raise ValueError(f"expected {_listed(wanted)}, got {shapes}")
-    if len(hidden) and not len(item_embeddings):
-        raise ValueError(f"expected a catalogue of at least one item, got {shapes}")
-    if any(tensor.device != hidden.device for tensor in tensors.values()):
+        raise ValueError(f"expected {_listed(wanted)}, got {_sizes(tensors)}")
+    if shape[0] and not table_shape[0]:
+        raise ValueError(f"expected a catalogue of at least one item, got {_sizes(tensors)}")
+    device = hidden.device
+    if any(tensor.device != device for tensor in tensors.values()):
         raise ValueError(
             f"expected all arguments on one device, got {_listed(list(tensors))} "
             f"on {', '.join(str(tensor.device) for tensor in tensors.values())}"
@@ -201,16 +206,12 @@ def check_tensors(hidden: Tensor, item_embeddings: Tensor, **per_token: Tensor) 
             raise TypeError(f"expected int64 {name}, got {tensor.dtype}")
     # Under autocast a backbone may return half precision beside a float32 table, as for a linear
     # layer; autocast leaves float64 as it is, so that must agree on both sides.
-    dtypes = {hidden.dtype, item_embeddings.dtype}
-    autocast = autocast_dtype(hidden.device) is not None
-    if (
-        not all(dtype.is_floating_point for dtype in dtypes)
-        or (len(dtypes) > 1 and not autocast)
-        or (len(dtypes) > 1 and torch.float64 in dtypes)
+    one, other = hidden.dtype, item_embeddings.dtype
+    if not (one.is_floating_point and other.is_floating_point) or (
+        one != other and (torch.float64 in (one, other) or autocast_dtype(device) is None)
     ):
         raise TypeError(
-            "expected hidden and item_embeddings in one floating dtype, "
-            f"got {hidden.dtype} and {item_embeddings.dtype}"
+            f"expected hidden and item_embeddings in one floating dtype, got {one} and {other}"
         )
 
 
@@ -247,6 +248,10 @@ def _check_sequences(sequence: Tensor, n_sequences: int) -> None:
             f"expected sequence numbers between 0 and {n_sequences - 1}, one for each history, "
             f"got {sequence[0]} to {sequence[-1]}"
         )
+
+
+def _sizes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {_size(tensor)}" for name, tensor in tensors.items())
 
 
 def _size(tensor: Tensor) -> tuple[int, ...]:

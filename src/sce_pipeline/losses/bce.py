@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from sce_pipeline.losses.grouped import Groups, grouped_binary_cross_entropy
 from sce_pipeline.losses.implementation import Implementation
-from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
+from sce_pipeline.losses.negatives import Exclude, Shared
 from sce_pipeline.losses.per_token import per_token_binary_cross_entropy
 from sce_pipeline.losses.sampled import SampledLoss
 from sce_pipeline.losses.sampling import Draw
@@ -23,25 +22,26 @@ class BCE(SampledLoss):
         """Return the exponent of the target's σ(x) for a catalogue of ``n_items``."""
         return 1.0
 
-    def _mean_of_logits(
-        self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
-    ) -> Tensor:
-        return binary_cross_entropy(positive, negative, beta=self.beta(n_items))
-
-    def _mean_in_triton(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw
+    def _mean_of_draw(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw, *, triton: bool
     ) -> Tensor:
         beta = self.beta(len(item_embeddings))
         return per_token_binary_cross_entropy(
-            hidden, item_embeddings, targets, drawn, beta=beta, triton=True
+            hidden, item_embeddings, targets, drawn, beta=beta, triton=triton
         )
 
     def _mean_of_groups(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, groups: Groups
+        self,
+        hidden: Tensor,
+        item_embeddings: Tensor,
+        targets: Tensor,
+        groups: Groups,
+        *,
+        triton: bool,
     ) -> Tensor:
         beta = self.beta(len(item_embeddings))
         return grouped_binary_cross_entropy(
-            hidden, item_embeddings, targets, groups, beta=beta, triton=True
+            hidden, item_embeddings, targets, groups, beta=beta, triton=triton
         )
 
 
@@ -84,19 +84,3 @@ class GBCE(BCE):
             return 1.0
         alpha = self.n_negatives / (n_items - 1)
         return alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
-
-
-def binary_cross_entropy(positive: Tensor, negative: Tensor, beta: float) -> Tensor:
-    """Return the mean over tokens of ``-(β·log σ(positive) + Σ log σ(-negative)) / (1 + n)``.
-
-    ``-β·log σ(x)`` is the positive term of gBCE at any logit and in any dtype, without the power of
-    σ(x) that overflows. A negative of -inf gives 0 and gets no gradient.
-
-    Args:
-        positive: The targets' logits, [tokens].
-        negative: The negatives' logits, [tokens, n].
-        beta: The exponent β; 1 gives plain binary cross-entropy.
-    """
-    of_target = beta * functional.logsigmoid(positive)
-    of_negatives = functional.logsigmoid(-negative).sum(1)
-    return -(of_target + of_negatives).mean() / (1 + negative.shape[1])

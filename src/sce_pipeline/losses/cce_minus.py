@@ -89,21 +89,18 @@ class CCEMinus(Loss):
         n_tiles, device = -(-len(targets) // TILE), targets.device
         size = (n_tiles, self.n_negatives)
         items = torch.randint(n_items, size, device=device)
-        offsets = torch.arange(0, n_tiles * TILE + 1, TILE, device=device)
         if self.popularity is None:
             if not self.log_correction:
-                return Groups(items, offsets)
+                return Groups(items, TILE)
             # In a catalogue of one item there are no others, and all draws are the target.
-            log_mass = math.log(max(n_items - 1, 1))
-            masses = torch.full(targets.shape, log_mass, dtype=torch.float64, device=device)
-            return Groups(items, offsets, log_masses=masses)
+            return Groups(items, TILE, log_masses=math.log(max(n_items - 1, 1)))
         coins = torch.randint(2**COIN_BITS, size, dtype=torch.int32, device=device)
         items = self.popularity.choose(items, coins)
         if not self.log_correction:
-            return Groups(items, offsets)
+            return Groups(items, TILE)
         return Groups(
             items,
-            offsets,
+            TILE,
             -self.popularity.log_chances[items],
             self.popularity.log_rests[targets],
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sce_pipeline.losses.grouped import Groups, grouped_cross_entropy
 from sce_pipeline.losses.implementation import Implementation
-from sce_pipeline.losses.negatives import Exclude, Negatives, Shared
+from sce_pipeline.losses.negatives import Exclude, Shared
 from sce_pipeline.losses.per_token import per_token_cross_entropy
 from sce_pipeline.losses.sampled import SampledLoss
 from sce_pipeline.losses.sampling import Draw
@@ -44,8 +42,8 @@ class CEMinus(SampledLoss):
         super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude, impl=impl)
         self.log_correction = log_correction
 
-    def _mean_in_triton(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw
+    def _mean_of_draw(
+        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw, *, triton: bool
     ) -> Tensor:
         return per_token_cross_entropy(
             hidden,
@@ -53,27 +51,18 @@ class CEMinus(SampledLoss):
             targets,
             drawn,
             log_correction=self.log_correction,
-            triton=True,
+            triton=triton,
         )
 
     def _mean_of_groups(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, groups: Groups
+        self,
+        hidden: Tensor,
+        item_embeddings: Tensor,
+        targets: Tensor,
+        groups: Groups,
+        *,
+        triton: bool,
     ) -> Tensor:
         if not self.log_correction:
             groups = groups._replace(log_masses=None)
-        return grouped_cross_entropy(hidden, item_embeddings, targets, groups, triton=True)
-
-    def _mean_of_logits(
-        self, positive: Tensor, negative: Tensor, negatives: Negatives, n_items: int
-    ) -> Tensor:
-        if self.log_correction:
-            negative = negative + log_correction(negatives, negative.dtype)[:, None]
-        logits = torch.cat([positive[:, None], negative], dim=1)
-        first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        return functional.cross_entropy(logits, first)
-
-
-def log_correction(negatives: Negatives, dtype: torch.dtype) -> Tensor:
-    """Return log(candidates / valid negatives) of each token, [tokens], never NaN nor +inf."""
-    n_valid = (~negatives.rejected).sum(1).clamp(min=1)
-    return (negatives.n_candidates.to(dtype) / n_valid).log()
+        return grouped_cross_entropy(hidden, item_embeddings, targets, groups, triton=triton)

@@ -22,17 +22,19 @@ class Groups(NamedTuple):
     Attributes:
         items: int64 [groups, n_negatives]; -1 where there is no negative.
         offsets: int64 [groups + 1], non-decreasing from 0; group ``g`` owns the tokens from
-            ``offsets[g]`` up to ``offsets[g + 1]``, or up to the last there is.
+            ``offsets[g]`` up to ``offsets[g + 1]``, or up to the last there is. One number stands
+            for groups that own so many tokens each.
         log_weights: float32 [groups, n_negatives], added to the negatives' logits; -inf makes it
             no negative.
         log_masses: Floating [tokens]; the log of how many items a token's negatives stand for.
-            Where given, each of its V negatives is counted mass / V times.
+            Where given, each of its V negatives is counted mass / V times. One number stands for
+            that of all tokens.
     """
 
     items: Tensor
-    offsets: Tensor
+    offsets: Tensor | int
     log_weights: Tensor | None = None
-    log_masses: Tensor | None = None
+    log_masses: Tensor | float | None = None
 
 
 def grouped_cross_entropy(
@@ -91,24 +93,32 @@ class _GroupedLoss(torch.autograd.Function):
         run, ctx.run_backward = _implementation(triton)
         ctx.options = {"beta": beta, "dtype": dtype}
         ctx.n_terms = 1 if beta is None else 1 + groups.items.shape[1]
-        arguments = [
-            each if each is None else each.contiguous()
-            for each in (hidden, item_embeddings, targets, *groups)
-        ]
-        losses, *results = run(*arguments, **ctx.options)
-        ctx.save_for_backward(*arguments[:-1], *results)
-        return losses.mean() / ctx.n_terms
+        arguments = (hidden.contiguous(), item_embeddings.contiguous(), targets.contiguous())
+        fields: Any = (each.contiguous() if isinstance(each, Tensor) else each for each in groups)
+        groups = Groups(*fields)
+        ctx.groups = groups._replace(log_masses=None)
+        losses, *results = run(*arguments, groups, **ctx.options)
+        ctx.save_for_backward(*arguments, *results)
+        mean = losses.mean()
+        return mean if beta is None else mean / ctx.n_terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, grad_hidden, shares, log_sums = ctx.saved_tensors
-        hidden, item_embeddings = arguments[:2]
+        hidden, item_embeddings, targets, grad_hidden, shares, log_sums = ctx.saved_tensors
         scale = grad / (len(hidden) * ctx.n_terms)
         grad_table = None
         if ctx.needs_input_grad[1]:
-            grad_table = ctx.run_backward(scale, *arguments, shares, log_sums, **ctx.options)
-            grad_table = grad_table.to(item_embeddings.dtype)
+            grad_table = ctx.run_backward(
+                scale,
+                hidden,
+                item_embeddings,
+                targets,
+                ctx.groups,
+                shares,
+                log_sums,
+                **ctx.options,
+            ).to(item_embeddings.dtype)
         grad_hidden = scaled(grad_hidden, scale, hidden.dtype)
         return grad_hidden, grad_table, None, None, None, None, None
 
@@ -127,20 +137,16 @@ def _forward(
     hidden: Tensor,
     item_embeddings: Tensor,
     targets: Tensor,
-    items: Tensor,
-    offsets: Tensor,
-    log_weights: Tensor | None,
-    log_masses: Tensor | None,
+    groups: Groups,
     *,
     beta: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what ``kernels.grouped.forward`` does."""
-    groups = Groups(items, offsets, log_weights, log_masses)
-    tiles = _Tiles.of(offsets, len(hidden))
+    tiles = _Tiles.of(groups, hidden)
     positive = target_logits(hidden, item_embeddings, targets)
     of_tiles, grad_of_tiles, valid_of_tiles = [], [], []
-    for tile in tiles.chunks(items.shape[1], hidden.shape[1]):
+    for tile in tiles.chunks(groups.items.shape[1], hidden.shape[1]):
         logits, _, keys = _logits(tile, hidden, item_embeddings, targets, groups, dtype)
         if beta is None:
             valid_of_tiles.append((~logits.isneginf()).sum(2))
@@ -154,10 +160,10 @@ def _forward(
     grad_hidden = torch.cat(grad_of_tiles).flatten(0, 1)[tiles.row]
     if beta is None:
         correction = torch.zeros_like(total)
-        if log_masses is not None:
+        if groups.log_masses is not None:
             n_valid = torch.cat(valid_of_tiles).flatten()[tiles.row]
-            n_valid = n_valid.clamp(min=1).to(total.dtype)
-            correction = log_masses.to(total.dtype) - n_valid.log()
+            correction -= n_valid.clamp(min=1).to(total.dtype).log()
+            correction += groups.log_masses
         # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
         # nearly all of the sum.
         log_odds = total + correction - positive
@@ -177,9 +183,7 @@ def _backward(
     hidden: Tensor,
     item_embeddings: Tensor,
     targets: Tensor,
-    items: Tensor,
-    offsets: Tensor,
-    log_weights: Tensor | None,
+    groups: Groups,
     shares: Tensor,
     log_sums: Tensor,
     *,
@@ -187,10 +191,9 @@ def _backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return what ``kernels.grouped.backward`` does."""
-    groups = Groups(items, offsets, log_weights)
-    tiles = _Tiles.of(offsets, len(hidden))
+    tiles = _Tiles.of(groups, hidden)
     grad_table = torch.zeros_like(item_embeddings, dtype=shares.dtype)
-    for tile in tiles.chunks(items.shape[1], hidden.shape[1]):
+    for tile in tiles.chunks(groups.items.shape[1], hidden.shape[1]):
         logits, queries, _ = _logits(tile, hidden, item_embeddings, targets, groups, dtype)
         if beta is None:
             factors = (logits - log_sums[tile.token][:, :, None]).exp()
@@ -198,7 +201,7 @@ def _backward(
             factors = logits.sigmoid()
         factors = factors.masked_fill(~tile.is_token[:, :, None], 0)
         grad_keys = matmul(factors.mT, queries)
-        rows = items[tile.owner].clamp(min=0).flatten()
+        rows = groups.items[tile.owner].clamp(min=0).flatten()
         grad_table.index_add_(0, rows, grad_keys.flatten(0, 1))
     grad_table.index_add_(0, targets, -shares[:, None] * hidden)
     return grad_table.mul_(scale)
@@ -220,14 +223,22 @@ class _Tiles(NamedTuple):
     row: Tensor
 
     @classmethod
-    def of(cls, offsets: Tensor, n_tokens: int) -> _Tiles:
-        """Lay out groups of the given offsets, however ragged, without asking the device."""
-        n_groups, device = len(offsets) - 1, offsets.device
-        offsets = offsets.clamp(max=n_tokens)
-        n_rows = -(-n_tokens // n_groups)
-        n_tiles = n_tokens // n_rows + n_groups
-        # It grows by at least the tiles of each group, and in all by at most two a group.
-        first_tile = offsets // n_rows + torch.arange(n_groups + 1, device=device)
+    def of(cls, groups: Groups, hidden: Tensor) -> _Tiles:
+        """Lay out the tokens of groups, however ragged, without asking the device."""
+        n_tokens, d = hidden.shape
+        n_groups, n_negatives = groups.items.shape
+        offsets, device = groups.offsets, hidden.device
+        every_group = torch.arange(n_groups + 1, device=device)
+        # As many as the average group has tokens, if their logits are not too many for a chunk.
+        n_rows = next(chunks(-(-n_tokens // n_groups), max(n_negatives, d), device)).stop
+        if isinstance(offsets, int):
+            tiles_of_group = -(-offsets // n_rows)
+            n_tiles, first_tile = n_groups * tiles_of_group, every_group * tiles_of_group
+            offsets = (every_group * offsets).clamp_(max=n_tokens)
+        else:
+            offsets = offsets.clamp(max=n_tokens)
+            # It grows by at least the tiles of each group, and in all by at most two a group.
+            n_tiles, first_tile = n_tokens // n_rows + n_groups, offsets // n_rows + every_group
         every_tile = torch.arange(n_tiles, device=device)
         every_token = torch.arange(n_tokens, device=device)
         owner = torch.searchsorted(first_tile[1:], every_tile, right=True)

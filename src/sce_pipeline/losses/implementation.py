@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sce_pipeline.losses.base import autocast_dtype
-
-Implementation = Literal["auto", "torch", "triton"]
+from sce_pipeline.parameters import Implementation
 
 MAX_SIZE = 512
 """Largest d of hidden states and item embeddings that the kernels take."""

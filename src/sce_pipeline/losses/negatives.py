@@ -3,72 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sce_pipeline.losses.base import Histories
 from sce_pipeline.losses.grouped import Groups
-from sce_pipeline.losses.sampling import draw
 
 Shared = Literal["token", "sequence", "batch"]
 Exclude = Literal["history", "target"]
-
-
-class Negatives(NamedTuple):
-    """A draw of negatives, with replacement.
-
-    Attributes:
-        items: int64 [groups, n_negatives]; a group is a token, a sequence or the batch.
-        rejected: bool [tokens, n_negatives]; the draws that are no negatives of the token, because
-            they are excluded for it or because nothing is left to draw.
-        n_candidates: int64 [tokens]; how many items of the catalogue are not excluded.
-    """
-
-    items: Tensor
-    rejected: Tensor
-    n_candidates: Tensor
-
-
-def draw_negatives(
-    targets: Tensor,
-    sequence: Tensor,
-    histories: Histories,
-    *,
-    n_items: int,
-    n_negatives: int,
-    shared: Shared,
-    exclude: Exclude,
-) -> Negatives:
-    """Draw ``n_negatives`` items per token, per sequence or for the whole batch.
-
-    The valid draws of a token are independent and uniform over its candidates, the items that are
-    not excluded. Where all who share a draw exclude the same history, its items are never drawn.
-    Elsewhere the draw is from the whole catalogue, and what a token excludes is rejected for it.
-    Draws per token that exclude the target are those of ``sampling.draw``.
-
-    Args:
-        targets: int64 [tokens].
-        sequence: int64 [tokens].
-        histories: Read with ``exclude="history"``, and for its length with ``shared="sequence"``.
-        n_items: Size of the catalogue.
-        n_negatives: Draws in each group.
-        shared: Who shares a draw.
-        exclude: What is no negative: the items of the user's history or only the token's target.
-    """
-    items = _draw_items(targets, sequence, histories, n_items, n_negatives, shared, exclude)
-    if exclude == "history":
-        n_candidates = (n_items - histories.offsets.diff())[sequence]
-    else:
-        n_candidates = torch.full_like(targets, n_items - 1)
-    if exclude == "history" and shared == "batch":
-        rejected = _in_histories(items[0], histories, n_items)[sequence]
-    elif exclude == "target":
-        rejected = (items[sequence] if shared == "sequence" else items) == targets[:, None]
-    else:
-        rejected = n_candidates[:, None] == 0
-    return Negatives(items, rejected.expand(len(targets), n_negatives), n_candidates)
 
 
 def draw_groups(
@@ -78,48 +22,52 @@ def draw_groups(
     *,
     n_items: int,
     n_negatives: int,
-    shared: Literal["sequence", "batch"],
-    exclude: Exclude,
-) -> Groups:
-    """Draw as ``draw_negatives``, and say nothing token by token: that would take memory.
-
-    A draw for the whole batch cannot exclude histories here. The arguments are those of
-    ``draw_negatives``.
-    """
-    items = _draw_items(targets, sequence, histories, n_items, n_negatives, shared, exclude)
-    device = targets.device
-    if shared == "batch":
-        offsets = torch.arange(0, len(targets) + 1, len(targets), device=device)
-    else:
-        offsets = torch.searchsorted(sequence, torch.arange(len(items) + 1, device=device))
-    if exclude == "history":
-        n_candidates = n_items - histories.offsets.diff()
-        items = items.masked_fill(n_candidates[:, None] == 0, -1)
-        return Groups(items, offsets, log_masses=n_candidates.log()[sequence])
-    # In a catalogue of one item there are no candidates, and all draws are rejected.
-    log_mass = math.log(max(n_items - 1, 1))
-    return Groups(items, offsets, log_masses=torch.full(targets.shape, log_mass, device=device))
-
-
-def _draw_items(
-    targets: Tensor,
-    sequence: Tensor,
-    histories: Histories,
-    n_items: int,
-    n_negatives: int,
     shared: Shared,
     exclude: Exclude,
-) -> Tensor:
-    """Return the draws of each group, int64 [groups, n_negatives]."""
-    n_sequences, device = len(histories.offsets) - 1, targets.device
-    if exclude == "history" and shared != "batch":
-        owners = sequence if shared == "token" else torch.arange(n_sequences, device=device)
-        return draw_complement(owners, histories, n_items, n_negatives)
-    if exclude == "target" and shared == "token":
-        drawn = draw(len(targets), n_items, n_negatives, device, with_coins=False)
-        return drawn.items(0, len(targets))
-    n_groups = {"token": len(targets), "sequence": n_sequences, "batch": 1}[shared]
-    return torch.randint(n_items, (n_groups, n_negatives), device=device)
+) -> Groups:
+    """Draw ``n_negatives`` items per token, per sequence or for the whole batch.
+
+    The valid draws of a token are independent and uniform over its candidates, the items that are
+    not excluded. Where all who share a draw exclude the same history, its items are never drawn.
+    Elsewhere the draw is from the whole catalogue, and what a token excludes is rejected for it: a
+    group that meets its target does so, and sequences that share the batch's draw are groups of
+    their own, without what is in their histories.
+
+    Args:
+        targets: int64 [tokens].
+        sequence: int64 [tokens].
+        histories: Read with ``exclude="history"``, and for its length with ``shared="sequence"``.
+        n_items: Size of the catalogue.
+        n_negatives: Draws in each group.
+        shared: Who shares a draw.
+        exclude: What is no negative: the items of the user's history or only the token's target.
+
+    Returns:
+        Groups whose masses are the numbers of candidates.
+    """
+    n_tokens, device = len(targets), targets.device
+    if exclude == "target":
+        n_groups = {"token": n_tokens, "sequence": len(histories.offsets) - 1, "batch": 1}[shared]
+        items = torch.randint(n_items, (n_groups, n_negatives), device=device)
+        size = _offsets(sequence, n_groups) if shared == "sequence" else n_tokens // n_groups
+        # In a catalogue of one item there are no candidates, and all draws are rejected.
+        return Groups(items, size, log_masses=math.log(max(n_items - 1, 1)))
+    n_candidates = n_items - histories.offsets.diff()
+    log_masses = n_candidates.double().log()[sequence]
+    if shared == "batch":
+        items = torch.randint(n_items, (n_negatives,), device=device)
+        items = torch.where(_in_histories(items, histories, n_items), -1, items)
+    else:
+        owners = sequence if shared == "token" else torch.arange(len(n_candidates), device=device)
+        items = draw_complement(owners, histories, n_items, n_negatives)
+        items.masked_fill_((n_candidates == 0)[owners, None], -1)
+    size = 1 if shared == "token" else _offsets(sequence, len(n_candidates))
+    return Groups(items, size, log_masses=log_masses)
+
+
+def _offsets(sequence: Tensor, n_sequences: int) -> Tensor:
+    """Return the first token of each sequence and that after the last, int64 [n_sequences + 1]."""
+    return torch.searchsorted(sequence, torch.arange(n_sequences + 1, device=sequence.device))
 
 
 def draw_complement(owners: Tensor, histories: Histories, n_items: int, n_negatives: int) -> Tensor:

@@ -97,7 +97,8 @@ class _PerTokenLoss(torch.autograd.Function):
         run = _triton_forward if options.triton else _torch_forward
         losses, *saved = run(*arguments, options, ctx.needs_input_grad[0])
         ctx.save_for_backward(*arguments, *saved)
-        return losses.mean() / ctx.n_terms
+        mean = losses.mean()
+        return mean if options.beta is None else mean / ctx.n_terms
 
     @staticmethod
     @once_differentiable

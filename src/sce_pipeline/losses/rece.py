@@ -173,8 +173,9 @@ def _cut(buckets: Tensor, n_chunks: int) -> tuple[Tensor, Tensor]:
     """Return the order of each round and the chunks of ``Meetings``, given buckets [rounds, n]."""
     n_rounds, n = buckets.shape
     number = torch.int16 if n_chunks < 2**15 else torch.int32
-    position = torch.arange(n, device=buckets.device)
-    chunk_at = (((position + 1) * n_chunks - 1) // n).to(number)
+    # Position p lies in chunk ((p + 1)·n_chunks - 1) // n.
+    dividends = torch.arange(n_chunks - 1, (n + 1) * n_chunks - 1, n_chunks, device=buckets.device)
+    chunk_at = (dividends // n).to(number)
     orders = torch.empty(n_rounds, n, dtype=torch.int32, device=buckets.device)
     chunk_of = torch.empty(n, n_rounds, dtype=number, device=buckets.device)
     for rounds in chunks(n_rounds, n, buckets.device):
@@ -371,7 +372,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx.sizes = meetings[4:]
         ctx.options = (duplicate_correction, dtype)
         ctx.save_for_backward(hidden, item_embeddings, targets, *meetings[:4], *sums)
-        return -functional.logsigmoid(-sums.margins).mean()
+        return functional.softplus(sums.margins).mean()
 
     @staticmethod
     @once_differentiable

@@ -111,20 +111,21 @@ def draw(
         with_coins: Whether coins are drawn as well.
     """
     size = (-(-n_tokens // n_items), n_negatives)
-    first, second, third = (_draw_multiplier(n_items) for _ in range(3))
+    multipliers = _draw_multipliers(n_items)
     offsets = torch.randint(n_items, size, dtype=torch.int32).sort().values
     coins, coin_step = None, 0
     if with_coins:
         coins = _to_device(torch.randint(2**COIN_BITS, size, dtype=torch.int32), device)
         coin_step = 2 * int(torch.randint(2 ** (COIN_BITS - 1), ())) + 1
-    return Draw(n_items, (first, second, third), _to_device(offsets, device), coins, coin_step)
+    return Draw(n_items, multipliers, _to_device(offsets, device), coins, coin_step)
 
 
-def _draw_multiplier(n_items: int) -> int:
-    multiplier = 0
-    while math.gcd(multiplier, n_items) != 1:
-        multiplier = int(torch.randint(n_items, ()))
-    return multiplier
+def _draw_multipliers(n_items: int) -> tuple[int, int, int]:
+    found: list[int] = []
+    while len(found) < 3:  # noqa: PLR2004
+        drawn = torch.randint(n_items, (32,)).tolist()
+        found += (number for number in drawn if math.gcd(number, n_items) == 1)
+    return found[0], found[1], found[2]
 
 
 class Popularity(nn.Module):

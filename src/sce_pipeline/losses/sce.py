@@ -255,28 +255,20 @@ class _FusedBuckets(torch.autograd.Function):
 
         hidden, item_embeddings = hidden.contiguous(), item_embeddings.contiguous()
         targets, bucket_items = targets.contiguous(), bucket_items.contiguous()
-        winners = find_winners(
+        mean, winners = find_winners(
             hidden, item_embeddings, targets, bucket_tokens.contiguous(), bucket_items, dtype
         )
-        covered = winners.counts.sum()
-        ctx.save_for_backward(hidden, item_embeddings, targets, bucket_items, covered, *winners)
+        ctx.save_for_backward(hidden, item_embeddings, targets, bucket_items, *winners)
         ctx.dtype = dtype
-        return winners.losses.sum() / covered
+        return mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from sce_pipeline.losses.kernels.buckets import Winners, gradients
 
-        hidden, item_embeddings, targets, bucket_items, covered, *winners = ctx.saved_tensors
+        hidden, item_embeddings, targets, bucket_items, *winners = ctx.saved_tensors
         both = gradients(
-            hidden,
-            item_embeddings,
-            targets,
-            bucket_items,
-            Winners(*winners),
-            grad,
-            covered,
-            ctx.dtype,
+            hidden, item_embeddings, targets, bucket_items, Winners(*winners), grad, ctx.dtype
         )
         return *both, None, None, None, None

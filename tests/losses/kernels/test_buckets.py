@@ -235,3 +235,17 @@ def test_neither_logits_nor_embeddings_of_the_buckets_stand_whole(largest_tensor
         bucketed_cross_entropy(hidden.requires_grad_(), table, targets, buckets).backward()
     assert fused_largest.elements < 20 * 64 * 64
     assert largest.elements > 20 * 64 * 64 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_both_gradients_is_written(dtype):
+    # Of 90 tokens at most 40 are in a bucket, and most items are in none.
+    arguments = data(90, 700, 20, dtype)
+    buckets = random_buckets(90, 700, 2, 20, 30)
+    torch.use_deterministic_algorithms(True)  # which fills memory that nobody wrote with NaN
+    try:
+        assert torch.empty(1).isnan().all()
+        results = fused(*arguments, buckets)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(results, oracle(*arguments, buckets), TOLERANCE[dtype])

@@ -14,14 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LOG2_E, TRITON_DTYPES, dot, launch, log1p, padded
+from sce_pipeline.losses.kernels.common import (
+    LOG2_E,
+    TRITON_DTYPES,
+    cdiv,
+    dot,
+    launch,
+    log1p,
+    padded,
+)
 from sce_pipeline.losses.kernels.rows import cast, load_rows, row_products
 
 UNCOVERED = -(2**63)
-"""The key of a token in no bucket: less than any other."""
+"""The key of a token in no bucket: the only one below 0."""
 
-WINNERS_BLOCK = 1024
-"""Slots of a bucket looked at at a time."""
+BLOCK = 1024
+"""Slots of a bucket, or buckets, looked at at a time."""
+
+CLEARED = tl.constexpr(2048)
+"""Numbers set to 0 at a time."""
+
+CLEANERS = 1024
+"""Programs that set to 0 what no other writes, where there is enough of it."""
 
 TARGETS_BLOCK = tl.constexpr(16)
 """Targets whose gradient is added at a time."""
@@ -72,14 +86,14 @@ class Winners(NamedTuple):
         tokens: int32 [n_buckets, bucket_size_x]; the tokens that have their largest loss in the
             bucket, then junk.
         counts: int32 [n_buckets]; how many these are.
-        losses: float32 [n_buckets]; the sum of their losses.
+        covered: int32 [1]; how many there are in all.
     """
 
     keys: Tensor
     positives: Tensor
     tokens: Tensor
     counts: Tensor
-    losses: Tensor
+    covered: Tensor
 
 
 def find_winners(
@@ -91,8 +105,8 @@ def find_winners(
     dtype: torch.dtype,
     *,
     tile: Tile | None = None,
-) -> Winners:
-    """Return each covered token's largest loss, and in which bucket it has it.
+) -> tuple[Tensor, Winners]:
+    """Return the mean of each covered token's largest loss, and in which bucket it has it.
 
     All tensors are contiguous. Losses that tie exactly go to the bucket of the larger number. A
     target that is no item makes its loss NaN, and NaN is larger than any other loss.
@@ -114,7 +128,7 @@ def find_winners(
     positives = torch.empty(n_tokens, dtype=torch.float32, device=device)
     launch(
         _losses,
-        (triton.cdiv(size_x, tile.own), n_buckets),
+        (cdiv(size_x, tile.own), n_buckets),
         hidden,
         item_embeddings,
         targets,
@@ -137,6 +151,8 @@ def find_winners(
     tokens = torch.empty(n_buckets, size_x, dtype=torch.int32, device=device)
     counts = torch.empty(n_buckets, dtype=torch.int32, device=device)
     losses = torch.empty(n_buckets, dtype=torch.float32, device=device)
+    covered = torch.empty(1, dtype=torch.int32, device=device)
+    mean = torch.empty((), dtype=torch.float32, device=device)
     launch(
         _winners,
         (n_buckets,),
@@ -146,9 +162,10 @@ def find_winners(
         counts,
         losses,
         size_x,
-        BLOCK=WINNERS_BLOCK,
+        BLOCK=BLOCK,
     )
-    return Winners(keys, positives, tokens, counts, losses)
+    launch(_mean, (1,), losses, counts, mean, covered, n_buckets, BLOCK=BLOCK)
+    return mean, Winners(keys, positives, tokens, counts, covered)
 
 
 def gradients(
@@ -158,7 +175,6 @@ def gradients(
     bucket_items: Tensor,
     winners: Winners,
     grad: Tensor,
-    covered: Tensor,
     dtype: torch.dtype,
     *,
     tile: Tile | None = None,
@@ -175,16 +191,14 @@ def gradients(
         bucket_items: int64 [n_buckets, bucket_size_y].
         winners: What ``find_winners`` returned.
         grad: Gradient of the mean of the winners' losses, float32 scalar.
-        covered: How many winners there are, int64 scalar.
         dtype: As in ``find_winners``.
         tile: As in ``find_winners``.
     """
-    d = hidden.shape[1]
-    n_items = len(item_embeddings)
+    (n_tokens, d), n_items = hidden.shape, len(item_embeddings)
     n_buckets, size_y = bucket_items.shape
     size_x = winners.tokens.shape[1]
     tile = tile or tile_of(d, dtype)
-    inputs = (hidden, item_embeddings, targets, bucket_items, *winners[:4], grad, covered)
+    inputs = (hidden, item_embeddings, targets, bucket_items, *winners, grad)
     sizes = (n_items, size_x, size_y)
     options = {
         "D": d,
@@ -195,34 +209,48 @@ def gradients(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    grad_hidden = torch.zeros_like(hidden)
+    grad_hidden = torch.empty_like(hidden)
     rests = torch.empty_like(winners.positives)
-    grid = (triton.cdiv(size_x, tile.own), n_buckets, triton.cdiv(d, tile.width))
-    launch(_hidden_gradient, grid, *inputs, grad_hidden, rests, *sizes, WIDTH=tile.width, **options)
-
-    summed = d if item_embeddings.dtype == torch.float32 else 2 * triton.cdiv(d, 4)
+    summed = d if item_embeddings.dtype == torch.float32 else 2 * cdiv(d, 4)
     sums = torch.empty(n_items, summed, dtype=torch.float32, device=hidden.device)
-    grad_table = sums if summed == d else torch.empty_like(item_embeddings)
+    cleaners = cdiv(min(CLEANERS, cdiv(n_items * summed, CLEARED.value)), n_buckets)
+    launch(
+        _hidden_gradient,
+        (cdiv(size_x, tile.own) + cleaners, n_buckets, cdiv(d, tile.width)),
+        *inputs,
+        grad_hidden,
+        rests,
+        sums,
+        n_tokens,
+        *sizes,
+        n_items * summed,
+        WIDTH=tile.width,
+        **options,
+    )
+
     # With a narrower tile beside rows of an odd number of columns, which are not fetched ahead,
     # ptxas 12.8 reads a register that nothing wrote.
     width = min(padded(d if d % 2 else summed), tile.width)
-    grid = (triton.cdiv(size_y, tile.own) + 1, n_buckets, triton.cdiv(summed, width))
+    grid = (cdiv(size_y, tile.own) + 1, n_buckets, cdiv(summed, width))
+    grad_table = sums if summed == d else torch.empty_like(item_embeddings)
     for first in range(0, d, summed):
-        sums.zero_()
+        columns = {"FIRST": first, "SUMMED": summed}
         launch(
-            _table_gradient,
-            grid,
-            *inputs,
-            rests,
-            sums,
-            *sizes,
-            FIRST=first,
-            SUMMED=summed,
-            WIDTH=width,
-            **options,
+            _table_gradient, grid, *inputs, rests, sums, *sizes, WIDTH=width, **columns, **options
         )
         if grad_table is not sums:
-            grad_table[:, first : first + summed] = sums[:, : d - first]
+            rows = max(1, CLEARED.value // padded(summed))
+            launch(
+                _round_sums,
+                (cdiv(n_items, rows),),
+                sums,
+                grad_table,
+                n_items,
+                D=d,
+                ROWS=rows,
+                WIDTH=padded(summed),
+                **columns,
+            )
     return grad_hidden, grad_table
 
 
@@ -305,12 +333,26 @@ def _winners(bucket_tokens, keys, winners, counts, losses, size_x, BLOCK: tl.con
     tl.store(losses + bucket, total)
 
 
+@triton.jit(do_not_specialize=["n_buckets"])
+def _mean(losses, counts, mean, covered, n_buckets, BLOCK: tl.constexpr):
+    """Take the mean of the losses of all winners, and count them."""
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n_buckets, BLOCK):
+        bucket = start + tl.arange(0, BLOCK)
+        total += tl.load(losses + bucket, mask=bucket < n_buckets, other=0.0)
+        count += tl.load(counts + bucket, mask=bucket < n_buckets, other=0)
+    n_winners = tl.sum(count, 0)
+    tl.store(mean, tl.sum(total, 0) / n_winners.to(tl.float32))
+    tl.store(covered, n_winners)
+
+
 @triton.jit
 def _loss(key):
     return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["n_items", "size_x", "size_y"])
+@triton.jit(do_not_specialize=["n_tokens", "n_items", "size_x", "size_y", "n_sums"])
 def _hidden_gradient(
     hidden,
     item_embeddings,
@@ -320,13 +362,16 @@ def _hidden_gradient(
     positives,
     winners,
     counts,
-    grad,
     covered,
+    grad,
     grad_hidden,
     rests,
+    sums,
+    n_tokens,
     n_items,
     size_x,
     size_y,
+    n_sums,
     D: tl.constexpr,
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -336,11 +381,29 @@ def _hidden_gradient(
 ):
     """Σ p w over the bucket's items less (1 - p of the target) w of the target.
 
-    The latter factor, the sum of the other probabilities, goes to ``rests``.
+    The latter factor, the sum of the other probabilities, goes to ``rests``. The last programs of
+    a bucket clear what nobody writes: the rows of uncovered tokens, and what is summed later.
     """
     bucket = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * OWN
     first_column = tl.program_id(2) * WIDTH
+    if first >= size_x:
+        n_blocks = tl.cdiv(size_x, OWN)
+        cleaner = (tl.program_id(0) - n_blocks) * tl.num_programs(1) + tl.program_id(1)
+        n_cleaners = (tl.num_programs(0) - n_blocks) * tl.num_programs(1)
+        column = first_column + tl.arange(0, WIDTH)
+        for start in range(cleaner * OWN, n_tokens, n_cleaners * OWN):
+            token = start + tl.arange(0, OWN)
+            uncovered = tl.load(keys + token, mask=token < n_tokens, other=0) < 0
+            pointers = grad_hidden + token.to(tl.int64)[:, None] * D + column[None, :]
+            nothing = tl.zeros([OWN, WIDTH], grad_hidden.dtype.element_ty)
+            tl.store(pointers, nothing, mask=uncovered[:, None] & (column < D)[None, :])
+        cleaner += tl.program_id(2) * n_cleaners
+        step = n_cleaners.to(tl.int64) * tl.num_programs(2) * CLEARED
+        for start in range(cleaner.to(tl.int64) * CLEARED, n_sums, step):
+            place = start + tl.arange(0, CLEARED)
+            tl.store(sums + place, tl.zeros([CLEARED], tl.float32), mask=place < n_sums)
+        return
     count = tl.load(counts + bucket)
     if first >= count:
         return
@@ -388,8 +451,8 @@ def _table_gradient(
     positives,
     winners,
     counts,
-    grad,
     covered,
+    grad,
     rests,
     sums,
     n_items,
@@ -454,3 +517,27 @@ def _table_gradient(
     pointers = sums + item[:, None] * SUMMED + sum_column[None, :]
     mask = listed[:, None] & inside[None, :]
     tl.atomic_add(pointers, gradient * (weight / scale), mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n_items"])
+def _round_sums(
+    sums,
+    grad_table,
+    n_items,
+    FIRST: tl.constexpr,
+    SUMMED: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the sums of SUMMED columns from column FIRST on, and clear them for the next ones."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < n_items)[:, None] & (column < SUMMED)[None, :]
+    pointers = sums + row[:, None] * SUMMED + column[None, :]
+    values = cast(tl.load(pointers, mask=inside, other=0.0), grad_table.dtype.element_ty)
+    column += FIRST
+    own = inside & (column < D)[None, :]
+    tl.store(grad_table + row[:, None] * D + column[None, :], values, mask=own)
+    if FIRST + SUMMED < D:
+        tl.store(pointers, tl.zeros([ROWS, WIDTH], tl.float32), mask=inside)

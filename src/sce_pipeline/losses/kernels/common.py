@@ -26,9 +26,19 @@ TRITON_DTYPES = {
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
+def cdiv(n: int, size: int) -> int:
+    """Return ``n / size``, rounded up; ``triton.cdiv`` would take twenty times as long."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded(d: int) -> int:
     """Return the columns of a tile that holds ``d``: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(d))
+    return max(16, power_of_2(d))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -51,20 +61,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **constants)
         return
-    key = (id(kernel), device.index, tuple(map(_kind, arguments)), *constants.items())
-    if key in _compiled:
-        compiled, values = _compiled[key]
-        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+    key: list[Any] = [id(kernel), device.index, *constants.items()]
+    values = []
+    for argument in arguments:
+        value = argument
+        if isinstance(argument, Tensor):
+            # An address is taken as it is; about a tensor the launcher would ask the driver.
+            value = argument.data_ptr()
+            key += (argument.dtype, value % 16 == 0)
+        else:
+            key.append(_kind(argument))
+        values.append(value)
+    place = tuple(key)
+    if place in _compiled:
+        compiled, last_values = _compiled[place]
+        compiled[(*grid, 1, 1)[:3]](*values, *last_values)
         return
     compiled = kernel[grid](*arguments, **constants)
     names = kernel.arg_names[len(arguments) :]
-    _compiled[key] = compiled, tuple(constants[name] for name in names)
+    _compiled[place] = compiled, tuple(constants[name] for name in names)
 
 
 def _kind(argument: Any) -> Any:
-    """Return all that Triton compiles anew for."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+    """Return all that Triton compiles anew for, of what is no tensor."""
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if isinstance(argument, float):

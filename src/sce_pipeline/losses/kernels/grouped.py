@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from sce_pipeline.losses.kernels.common import (
     LN_2,
     LOG2_E,
     TRITON_DTYPES,
+    cdiv,
     dot,
     launch,
     padded,
@@ -20,6 +21,9 @@ from sce_pipeline.losses.kernels.common import (
     softplus,
 )
 from sce_pipeline.losses.kernels.rows import cast, load_rows
+
+if TYPE_CHECKING:
+    from sce_pipeline.losses.grouped import Groups
 
 LOG2_SCALE = tl.constexpr(14.0)
 """Probabilities enter products times 2**14, so that float16 holds the small ones as well."""
@@ -71,10 +75,7 @@ def forward(
     hidden: Tensor,
     item_embeddings: Tensor,
     targets: Tensor,
-    items: Tensor,
-    offsets: Tensor,
-    log_weights: Tensor | None,
-    log_masses: Tensor | None,
+    groups: Groups,
     *,
     beta: float | None,
     dtype: torch.dtype,
@@ -88,7 +89,7 @@ def forward(
         negatives' logits less the correction, [tokens], which only cross-entropy fills.
     """
     n_tokens, d = hidden.shape
-    n_groups, n_negatives = items.shape
+    n_groups, n_negatives = groups.items.shape
     block_d = padded(d)
     tiles = FORWARD_TILES_OF_FLOAT32 if dtype == torch.float32 else FORWARD_TILES
     tile = tile or tiles[max(block_d, 64)]
@@ -102,10 +103,10 @@ def forward(
         hidden,
         item_embeddings,
         targets,
-        items,
-        offsets,
-        log_weights,
-        log_masses,
+        groups.items,
+        *_tensor_or_number(groups.offsets),
+        groups.log_weights,
+        *_tensor_or_number(groups.log_masses),
         losses,
         grad_hidden,
         shares,
@@ -117,6 +118,7 @@ def forward(
         n_negatives,
         D=d,
         BINARY=beta is not None,
+        CORRECTED=groups.log_masses is not None,
         DTYPE=TRITON_DTYPES[dtype],
         BLOCK_T=tile.tokens,
         BLOCK_K=tile.negatives,
@@ -132,9 +134,7 @@ def backward(
     hidden: Tensor,
     item_embeddings: Tensor,
     targets: Tensor,
-    items: Tensor,
-    offsets: Tensor,
-    log_weights: Tensor | None,
+    groups: Groups,
     shares: Tensor,
     log_sums: Tensor,
     *,
@@ -147,13 +147,13 @@ def backward(
     It is added up with atomics, in an order that changes from run to run.
     """
     n_tokens, d = hidden.shape
-    n_groups, n_negatives = items.shape
+    n_groups, n_negatives = groups.items.shape
     block_d = padded(d)
     tiles = BACKWARD_TILES_OF_FLOAT32 if dtype == torch.float32 else BACKWARD_TILES
     tile = tile or tiles[max(block_d, 64)]
     grad_table = torch.zeros_like(item_embeddings, dtype=torch.float32)
-    n_programs = n_groups * triton.cdiv(n_negatives, tile.negatives)
-    n_splits = min(triton.cdiv(MIN_PROGRAMS, n_programs), triton.cdiv(n_tokens, tile.tokens))
+    n_programs = n_groups * cdiv(n_negatives, tile.negatives)
+    n_splits = min(cdiv(MIN_PROGRAMS, n_programs), cdiv(n_tokens, tile.tokens))
     launch(
         _backward,
         (n_programs, n_splits),
@@ -161,9 +161,9 @@ def backward(
         hidden,
         item_embeddings,
         targets,
-        items,
-        offsets,
-        log_weights,
+        groups.items,
+        *_tensor_or_number(groups.offsets),
+        groups.log_weights,
         shares,
         log_sums,
         grad_table,
@@ -183,16 +183,25 @@ def backward(
     return grad_table
 
 
+def _tensor_or_number(given: Tensor | float | None) -> tuple[Tensor | None, float]:
+    """Return a pair of arguments, one of which a kernel reads."""
+    if isinstance(given, Tensor):
+        return given, 0
+    return None, 0 if given is None else given
+
+
 # Batches differ in their tokens and groups: neither may make Triton compile again.
-@triton.jit(do_not_specialize=["n_tokens", "n_groups"])
+@triton.jit(do_not_specialize=["n_tokens", "n_groups", "group_size", "log_mass"])
 def _forward(
     hidden,
     table,
     targets,
     items,
     offsets,
+    group_size,
     log_weights,
     log_masses,
+    log_mass,
     losses,
     grad_hidden,
     shares,
@@ -204,13 +213,16 @@ def _forward(
     n_negatives,
     D: tl.constexpr,
     BINARY: tl.constexpr,
+    CORRECTED: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """A block of tokens meets all negatives of its group, a chunk at a time."""
-    group, first, end = _block_of(tl.program_id(0), offsets, n_tokens, n_groups, BLOCK_T)
+    group, first, end = _block_of(
+        tl.program_id(0), offsets, group_size, n_tokens, n_groups, BLOCK_T
+    )
     if first >= end:
         return
     token = first + tl.arange(0, BLOCK_T)
@@ -237,7 +249,7 @@ def _forward(
             total += tl.sum(softplus(logits), axis=1)
             factors = sigmoid(logits) * SCALE
         else:
-            if log_masses is not None:
+            if CORRECTED:
                 n_valid += tl.sum(tl.where(logits == float("-inf"), 0.0, 1.0), axis=1)
             largest, fade, factors = _softmax_step(largest, logits)
             total = total * fade + tl.sum(factors, axis=1)
@@ -249,9 +261,12 @@ def _forward(
         factor = tl.full([BLOCK_T], 1.0 / SCALE, tl.float32)
     else:
         correction = tl.zeros([BLOCK_T], tl.float32)
-        if log_masses is not None:
-            log_mass = tl.load(log_masses + token, mask=is_token, other=0.0).to(tl.float32)
-            correction += log_mass - tl.log(tl.maximum(n_valid, 1.0))
+        if CORRECTED:
+            correction -= tl.log(tl.maximum(n_valid, 1.0))
+            if log_masses is not None:
+                correction += tl.load(log_masses + token, mask=is_token, other=0.0).to(tl.float32)
+            else:
+                correction += log_mass
         # Of the odds against the target, as logsumexp(all) - positive would cancel where it has
         # nearly all of the sum.
         log_odds = largest + (tl.log2(total) - LOG2_SCALE) * LN_2 + correction - positive
@@ -267,7 +282,7 @@ def _forward(
     tl.store(shares + token, share, mask=is_token)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_splits"])
+@triton.jit(do_not_specialize=["n_tokens", "n_splits", "group_size"])
 def _backward(
     scale,
     hidden,
@@ -275,6 +290,7 @@ def _backward(
     targets,
     items,
     offsets,
+    group_size,
     log_weights,
     shares,
     log_sums,
@@ -293,7 +309,7 @@ def _backward(
     """A chunk of negatives meets the tokens of its group, every ``n_splits``-th block of them."""
     n_chunks = tl.cdiv(n_negatives, BLOCK_K)
     group, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
-    begin, end = _tokens_of(group, offsets, n_tokens)
+    begin, end = _tokens_of(group, offsets, group_size, n_tokens)
     begin += tl.program_id(1) * BLOCK_T
     if begin >= end:
         return
@@ -373,14 +389,18 @@ def _softmax_step(largest, logits):
 
 
 @triton.jit
-def _tokens_of(group, offsets, n_tokens):
+def _tokens_of(group, offsets, group_size, n_tokens):
     """Return the first token of a group and that after its last."""
-    begin = tl.minimum(tl.load(offsets + group), n_tokens)
-    return begin, tl.minimum(tl.load(offsets + group + 1), n_tokens)
+    if offsets is not None:
+        begin, end = tl.load(offsets + group), tl.load(offsets + group + 1)
+    else:
+        begin = group.to(tl.int64) * group_size
+        end = begin + group_size
+    return tl.minimum(begin, n_tokens), tl.minimum(end, n_tokens)
 
 
 @triton.jit
-def _block_of(block, offsets, n_tokens, n_groups, BLOCK_T: tl.constexpr):
+def _block_of(block, offsets, group_size, n_tokens, n_groups, BLOCK_T: tl.constexpr):
     """Return the group of a block of tokens, the block's first token and that after the group's.
 
     The group is the last whose first block is ``block`` or comes before it.
@@ -388,11 +408,11 @@ def _block_of(block, offsets, n_tokens, n_groups, BLOCK_T: tl.constexpr):
     low, high = 0 * block, n_groups - 1
     while low < high:
         middle = (low + high + 1) // 2
-        begin, end = _tokens_of(middle, offsets, n_tokens)
+        begin, end = _tokens_of(middle, offsets, group_size, n_tokens)
         is_before = _first_block(middle, begin, BLOCK_T) <= block
         low = tl.where(is_before, middle, low)
         high = tl.where(is_before, high, middle - 1)
-    begin, end = _tokens_of(low, offsets, n_tokens)
+    begin, end = _tokens_of(low, offsets, group_size, n_tokens)
     return low, begin + (block - _first_block(low, begin, BLOCK_T)) * BLOCK_T, end
 
 

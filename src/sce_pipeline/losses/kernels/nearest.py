@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sce_pipeline.losses.base import chunks
-from sce_pipeline.losses.kernels.common import launch, padded
+from sce_pipeline.losses.kernels.common import cdiv, launch, padded, power_of_2
 from sce_pipeline.losses.kernels.rows import load_rows, row_products
 
 FEW_ROWS = 2**14
@@ -105,13 +105,11 @@ def filtered_rows(
     n_centres, d = centres.shape
     n_rows, device = len(rows), rows.device
     tile = tile or tile_of(d, centres.dtype, rows.dtype)
-    centre_tiles, row_tiles = triton.cdiv(n_centres, tile.centres), triton.cdiv(n_rows, tile.rows)
-    strides = max(
-        triton.cdiv(GROUPS_PER_NEAREST * k, tile.rows), triton.cdiv(PROGRAMS, centre_tiles)
-    )
+    centre_tiles, row_tiles = cdiv(n_centres, tile.centres), cdiv(n_rows, tile.rows)
+    strides = max(cdiv(GROUPS_PER_NEAREST * k, tile.rows), cdiv(PROGRAMS, centre_tiles))
     strides = min(strides, row_tiles)
     n_groups = strides * tile.rows
-    room = triton.next_power_of_2(3 * k)
+    room = power_of_2(3 * k)
     sizes = {"D": d, "STEP": tile.step, "ROWS": tile.rows, "CENTRES": tile.centres}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
@@ -138,7 +136,7 @@ def filtered_rows(
         n_centres,
         n_groups,
         k,
-        BLOCK=triton.next_power_of_2(n_groups),
+        BLOCK=power_of_2(n_groups),
         num_warps=8,
     )
     del maxima

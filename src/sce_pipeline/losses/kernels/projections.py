@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import INTERPRETED, launch, padded
+from sce_pipeline.losses.kernels.common import INTERPRETED, cdiv, launch, padded
+from sce_pipeline.losses.kernels.rows import load_rows
 
 NO_COLUMN = tl.constexpr(2**30)
 
@@ -57,7 +58,7 @@ def nearest_projections(
     nearest = torch.empty(n_rounds, n_rows, dtype=number, device=rows.device)
     launch(
         _nearest_kernel,
-        (triton.cdiv(n_rows, tile.rows), n_rounds),
+        (cdiv(n_rows, tile.rows), n_rounds),
         rows,
         projections,
         nearest,
@@ -88,13 +89,8 @@ def _nearest_kernel(
     """One program holds some rows and goes over all projections of one round."""
     round_ = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    element = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, BLOCK_PROJECTIONS)
-    x = tl.load(
-        rows + row.to(tl.int64)[:, None] * D + element[None, :],
-        mask=(row < n_rows)[:, None] & (element < D)[None, :],
-        other=0.0,
-    ).to(projections.dtype.element_ty)
+    x = load_rows(rows, row, row < n_rows, 0, D, BLOCK_D).to(projections.dtype.element_ty)
     projections += round_ * n_projections * D
 
     # Each lane keeps its own best, so that lanes are compared once, at the end.
@@ -103,11 +99,7 @@ def _nearest_kernel(
     for start in range(0, n_projections, BLOCK_PROJECTIONS):
         projection = start + lane
         live = projection < n_projections
-        directions = tl.load(
-            projections + projection[:, None] * D + element[None, :],
-            mask=live[:, None] & (element < D)[None, :],
-            other=0.0,
-        )
+        directions = load_rows(projections, projection, live, 0, D, BLOCK_D)
         scores = tl.where(live[None, :], _rough_product(x, tl.trans(directions)), float("-inf"))
         better = scores > best
         best = tl.where(better, scores, best)

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, TRITON_DTYPES, dot, launch, padded
+from sce_pipeline.losses.kernels.common import (
+    LN_2,
+    LOG2_E,
+    TRITON_DTYPES,
+    cdiv,
+    dot,
+    launch,
+    padded,
+    sigmoid,
+    softplus,
+)
+from sce_pipeline.losses.kernels.rows import load_rows
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.rece import Meetings
@@ -112,7 +123,7 @@ def token_sums(
     for round_ in range(len(meetings.token_order)):
         launch(
             _token_kernel,
-            (triton.cdiv(n_tokens, tile.held),),
+            (cdiv(n_tokens, tile.held),),
             hidden,
             item_embeddings,
             targets,
@@ -127,7 +138,7 @@ def token_sums(
         )
     launch(
         _finish_kernel,
-        (triton.cdiv(n_tokens, BLOCK),),
+        (cdiv(n_tokens, BLOCK),),
         hidden,
         item_embeddings,
         targets,
@@ -174,7 +185,7 @@ def table_gradient(
     for round_ in range(len(meetings.token_order)):
         launch(
             _table_kernel,
-            (triton.cdiv(n_items, tile.held),),
+            (cdiv(n_items, tile.held),),
             hidden,
             item_embeddings,
             targets,
@@ -333,7 +344,7 @@ def _token_kernel(
     token = tl.load(token_order + position, mask=live, other=0).to(tl.int64)
     place = token[:, None] * D + element[None, :]
     inside = live[:, None] & (element < D)[None, :]
-    x = tl.load(hidden + place, mask=inside, other=0.0).to(DTYPE)
+    x = load_rows(hidden, token, live, 0, D, BLOCK_D).to(DTYPE)
     target = tl.load(targets + token, mask=live, other=-1)
     begun = position < tl.where(round_ > 0, n_tokens, 0)
     reference = tl.load(references + token, mask=begun, other=LOWEST)
@@ -346,11 +357,7 @@ def _token_kernel(
     for start in range(begin, end, BLOCK_ITEMS):
         item_live = start + lane < end
         item = tl.load(item_order + start + lane, mask=item_live, other=0)
-        w = tl.load(
-            table + item.to(tl.int64)[:, None] * D + element[None, :],
-            mask=item_live[:, None] & (element < D)[None, :],
-            other=0.0,
-        ).to(DTYPE)
+        w = load_rows(table, item, item_live, 0, D, BLOCK_D).to(DTYPE)
         negative = _meet_first(
             token_chunks + token * n_rounds,
             item_chunks + item.to(tl.int64) * n_rounds,
@@ -400,15 +407,10 @@ def _finish_kernel(
     live = token < n_tokens
     place = token[:, None] * D + element[None, :]
     inside = live[:, None] & (element < D)[None, :]
-    x = tl.load(hidden + place, mask=inside, other=0.0).to(DTYPE).to(tl.float32)
+    x = load_rows(hidden, token, live, 0, D, BLOCK_D).to(DTYPE).to(tl.float32)
     target = tl.load(targets + token, mask=live, other=0)
     known = (target >= 0) & (target < n_items)
-    w = tl.load(
-        table + target[:, None] * D + element[None, :],
-        mask=known[:, None] & (element < D)[None, :],
-        other=0.0,
-    ).to(DTYPE)
-    w = w.to(tl.float32)
+    w = load_rows(table, target, known, 0, D, BLOCK_D).to(DTYPE).to(tl.float32)
     reference = tl.load(references + token, mask=live, other=0.0)
     total = tl.load(totals + token, mask=live, other=0.0)
     sums = tl.load(gradient + place, mask=inside, other=0.0)
@@ -416,11 +418,10 @@ def _finish_kernel(
     total = tl.where(total == 0, 1.0, total)  # without negatives the reference is the lowest
     positive = tl.where(known, tl.sum(x * w, 1), float("nan"))
     margin = reference * LN_2 + tl.log(total) - positive
-    softplus = tl.maximum(margin, 0.0) + tl.log(1 + tl.exp2(-tl.abs(margin) * LOG2_E))
-    missed = 1 / (1 + tl.exp2(-margin * LOG2_E))  # 1 - p of the target, without cancellation
+    missed = sigmoid(margin)  # 1 - p of the target, without cancellation
     mean = sums / total[:, None]
     tl.store(totals + token, margin, mask=live)
-    tl.store(references + token, (positive + softplus) * LOG2_E, mask=live)
+    tl.store(references + token, (positive + softplus(margin)) * LOG2_E, mask=live)
     tl.store(gradient + place, missed[:, None] * (mean - w), mask=inside)
 
 
@@ -461,9 +462,7 @@ def _table_kernel(
     live = position < n_items
     item_order += round_.to(tl.int64) * n_items
     item = tl.load(item_order + position, mask=live, other=0)
-    place = item.to(tl.int64)[:, None] * D + element[None, :]
-    inside = live[:, None] & (element < D)[None, :]
-    w = tl.load(table + place, mask=inside, other=0.0).to(DTYPE)
+    w = load_rows(table, item, live, 0, D, BLOCK_D).to(DTYPE)
     sums = tl.zeros([BLOCK_ITEMS, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_ITEMS, n_items) - 1
@@ -472,11 +471,7 @@ def _table_kernel(
     for start in range(begin, end, BLOCK_TOKENS):
         token_live = start + lane < end
         token = tl.load(token_order + start + lane, mask=token_live, other=0).to(tl.int64)
-        x = tl.load(
-            hidden + token[:, None] * D + element[None, :],
-            mask=token_live[:, None] & (element < D)[None, :],
-            other=0.0,
-        ).to(DTYPE)
+        x = load_rows(hidden, token, token_live, 0, D, BLOCK_D).to(DTYPE)
         target = tl.load(targets + token, mask=token_live, other=-1).to(tl.int32)
         log2_partition = tl.load(log2_partitions + token, mask=token_live, other=0.0)
         negative = _meet_first(
@@ -497,6 +492,7 @@ def _table_kernel(
     # Read once more, as in _token_kernel.
     item = tl.load(item_order + position, mask=live, other=-1)
     place = item.to(tl.int64)[:, None] * D + element[None, :]
+    inside = live[:, None] & (element < D)[None, :]
     begun = position < tl.where(round_ > 0, n_items, 0)
     before = tl.load(gradient + place, mask=begun[:, None] & (element < D)[None, :], other=0.0)
     tl.store(gradient + place, before + sums * (tl.load(scale) * 2.0**-SHIFT), mask=inside)
@@ -531,14 +527,9 @@ def _target_kernel(
             live = start + lane < n_tokens
             live &= tl.load(sorted_targets + start + lane, mask=live, other=-1) == item
             token = tl.load(tokens + start + lane, mask=live, other=0)
-            x = tl.load(
-                hidden + token[:, None] * D + element[None, :],
-                mask=live[:, None] & (element < D)[None, :],
-                other=0.0,
-            ).to(DTYPE)
+            x = load_rows(hidden, token, live, 0, D, BLOCK_D).to(DTYPE)
             margin = tl.load(margins + token, mask=live, other=0.0)
-            missed = 1 / (1 + tl.exp2(-margin * LOG2_E))
-            sums += tl.sum(missed[:, None] * x.to(tl.float32), 0)
+            sums += tl.sum(sigmoid(margin)[:, None] * x.to(tl.float32), 0)
             found = tl.sum(live.to(tl.int32), 0)
             start += BLOCK
         place = gradient + item * D + element

@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from sce_pipeline.losses.kernels.common import launch, padded
+from sce_pipeline.losses.kernels.common import cdiv, launch, padded
 from sce_pipeline.losses.kernels.sampled_passes import (
     RUN,
     find_runs_kernel,
@@ -72,7 +71,7 @@ def forward(
     longest = min(n_tokens, draw.n_items)
     launch(
         forward_kernel,
-        (triton.cdiv(longest, tile.rows) * n_segments,),
+        (cdiv(longest, tile.rows) * n_segments,),
         hidden,
         item_embeddings,
         targets,
@@ -123,7 +122,7 @@ def backward(
     sums_of_runs = shares.new_empty(n_tokens // RUN.value, d)
     launch(
         find_runs_kernel,
-        (triton.cdiv(n_tokens, RUN.value),),
+        (cdiv(n_tokens, RUN.value),),
         hidden,
         shares,
         by_target,
@@ -170,7 +169,7 @@ def backward(
         )
         launch(
             gather_pieces_kernel,
-            (max(1, triton.cdiv(n_pieces, tile.rows)),),
+            (max(1, cdiv(n_pieces, tile.rows)),),
             *arguments,
             *_relabelling((third_inverse, second_inverse, first_inverse), n_items),
             popularity.cells,
@@ -183,7 +182,7 @@ def backward(
     grad_table = torch.empty_like(item_embeddings)
     launch(
         gather_items_kernel,
-        (triton.cdiv(n_items, tile.rows),),
+        (cdiv(n_items, tile.rows),),
         *arguments,
         *_relabelling(draw.multipliers, n_items),
         pieces_of_item,

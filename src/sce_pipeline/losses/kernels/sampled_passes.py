@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sce_pipeline.losses.kernels.common import LN_2, LOG2_E, sigmoid, softplus
-from sce_pipeline.losses.kernels.rows import cast
+from sce_pipeline.losses.kernels.rows import cast, load_rows
 
 COIN_MASK = tl.constexpr(2**31 - 1)
 
@@ -185,11 +185,7 @@ def find_runs_kernel(
         row = start + tl.arange(0, ROWS)
         token = tl.load(order + begin + row, mask=row < RUN, other=0)
         share = tl.load(shares + token, mask=row < RUN, other=0.0)
-        state = tl.load(
-            hidden + token[:, None] * D + columns[None, :],
-            mask=(row < RUN)[:, None] & (columns < D)[None, :],
-            other=0.0,
-        )
+        state = load_rows(hidden, token, row < RUN, 0, D, BLOCK_D)
         gradient -= share[:, None] * state.to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * D + columns
     tl.store(sums_of_runs + at, tl.sum(gradient, axis=0), mask=columns < D)
@@ -239,10 +235,7 @@ def gather_pieces_kernel(
     length = tl.load(piece_starts + piece + 1, mask=is_piece, other=0) - start
     cell = tl.load(cells + start, mask=is_piece, other=0)
     item = tl.load(aliases + cell, mask=is_piece, other=0)
-    columns = tl.arange(0, BLOCK_D)
-    row = item.to(tl.int64)[:, None] * D + columns[None, :]
-    is_row = is_piece[:, None] & (columns < D)[None, :]
-    key = tl.load(table + row, mask=is_row, other=0.0).to(tl.float32)
+    key = load_rows(table, item, is_piece, 0, D, BLOCK_D).to(tl.float32)
     gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for of_piece in range(0, tl.max(length)):
         is_cell = of_piece < length
@@ -272,8 +265,9 @@ def gather_pieces_kernel(
             CORRECTED,
             PARTNERS,
         )
+    columns = tl.arange(0, BLOCK_D)
     at = piece.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(sums_of_pieces + at, gradient, mask=is_row)
+    tl.store(sums_of_pieces + at, gradient, mask=is_piece[:, None] & (columns < D)[None, :])
 
 
 @triton.jit(do_not_specialize=DRAWN)
