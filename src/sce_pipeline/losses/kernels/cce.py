@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -16,7 +15,7 @@ from sce_pipeline.losses.kernels.cce_passes import (
     row_norms_kernel,
     table_kernel,
 )
-from sce_pipeline.losses.kernels.common import launch, padded
+from sce_pipeline.losses.kernels.common import cdiv, launch, padded
 from sce_pipeline.losses.shard_passes import Parts
 
 MOST_SHARES = 16
@@ -113,7 +112,7 @@ class Schedule(NamedTuple):
 
 def schedule(n_own: int, n_other: int, sizes: Tiles, device: torch.device) -> Schedule:
     """Share out ``n_own`` rows, each of which meets ``n_other``."""
-    n_blocks, n_tiles = triton.cdiv(n_own, sizes.own), triton.cdiv(n_other, sizes.other)
+    n_blocks, n_tiles = cdiv(n_own, sizes.own), cdiv(n_other, sizes.other)
     processors = _processors(device)
     n_whole = n_blocks // processors * processors
     n_shares = 1
@@ -121,8 +120,8 @@ def schedule(n_own: int, n_other: int, sizes: Tiles, device: torch.device) -> Sc
         n_shares = min(processors // (n_blocks - n_whole), n_tiles, MOST_SHARES)
     if n_shares == 1:
         n_whole = n_blocks
-    tiles_per_share = triton.cdiv(n_tiles, n_shares)
-    return Schedule(n_blocks, n_whole, triton.cdiv(n_tiles, tiles_per_share), tiles_per_share)
+    tiles_per_share = cdiv(n_tiles, n_shares)
+    return Schedule(n_blocks, n_whole, cdiv(n_tiles, tiles_per_share), tiles_per_share)
 
 
 def _processors(device: torch.device) -> int:
@@ -138,7 +137,7 @@ def row_norms(rows: Tensor) -> Tensor:
     block = max(1, 8192 // padded(d))
     launch(
         row_norms_kernel,
-        (triton.cdiv(n, block),),
+        (cdiv(n, block),),
         rows,
         norms,
         n,
@@ -210,7 +209,7 @@ def _no_sums(x: Tensor) -> Tensor:
     # The table pass reads whole tiles: a token that is none has no softmax anywhere.
     n_tokens, d = x.shape
     other = tiles(x.dtype, d, table_pass=True).other
-    n_padded = triton.cdiv(n_tokens, other) * other
+    n_padded = cdiv(n_tokens, other) * other
     return torch.full((n_padded,), torch.inf, dtype=torch.float32, device=x.device)
 
 
@@ -277,7 +276,7 @@ def _pass_over_items(
         (plan.n_programs,),
         TensorDescriptor.from_tensor(w, [sizes.other, padded(d)]) if has_descriptor else w,
         plan.tiles_per_share,
-        terms.skip_mass / triton.cdiv(n_items, sizes.other),
+        terms.skip_mass / cdiv(n_items, sizes.other),
         *arguments,
         TILE=sizes.other,
         DESCRIPTOR=has_descriptor,
