@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 
 import pytest
@@ -40,8 +41,10 @@ def build_as_shards_do(parameters, n_items, max_length):
 
 
 def test_ranks_add_agree_and_the_first_one_speaks(caplog):
+    before = signal.getsignal(signal.SIGINT)
     with caplog.at_level(logging.INFO, logger="sce_pipeline"):
         launch(2, CPU, talk, "hello")
+    assert signal.getsignal(signal.SIGINT) is before
     assert "hello from rank 0" in caplog.text
     assert "hello from rank 1" not in caplog.text
 

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
 
+_TAKEN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Those that the launcher answers itself and does not give back."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -101,6 +104,7 @@ def launch(n_ranks: int, device: torch.device, train: Callable[..., object], *ar
     records: Any = multiprocessing.get_context("spawn").Queue()
     listener = logging.handlers.QueueListener(records, _Forward())
     listener.start()
+    handlers = {number: signal.getsignal(number) for number in _TAKEN_SIGNALS}
     try:
         elastic_launch(config, _run)(device.type, records, train, *args)
     except ChildFailedError as error:
@@ -112,6 +116,8 @@ def launch(n_ranks: int, device: torch.device, train: Callable[..., object], *ar
         raise KeyboardInterrupt from error
     finally:
         listener.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @record
