@@ -191,10 +191,9 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         found["Liger-Kernel"] = lambda x, w, y: _first(function.apply(x, w, y))
     if hasattr(functional, "linear_cross_entropy"):
         # Without options it builds all logits, as CE does.
-        function = partial(
+        found["torch linear_cross_entropy"] = partial(
             functional.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()
         )
-        found["torch linear_cross_entropy"] = function
     return found
 
 
