@@ -16,8 +16,8 @@ from sce_pipeline.models import Packing
 USERS_AT_ONCE = 4096
 """Most users in a block."""
 
-TOKENS_AT_ONCE = 2**17
-"""Most tokens in a block of more than one user: 32 MiB for each tensor of 64 floats a token."""
+TOKENS_AT_ONCE = 2**16
+"""Most tokens in a block of more than one user: 16 MiB for each tensor of 64 floats a token."""
 
 TOKENS_AT_ONCE_ON_CPU = 2**15
 """The same on a CPU, with the padding to the longest history, over which attention spreads them

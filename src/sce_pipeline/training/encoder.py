@@ -123,6 +123,8 @@ class ReplayedEncoder(Encoder):
                 gradient = torch.zeros_like(hidden)
                 self._derive(hidden, gradient, embedded)
         torch.cuda.current_stream().wait_stream(self._stream)
+        del hidden
+        torch.cuda.empty_cache()  # a recording has memory of its own beside that of the warm-up
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool, stream=self._stream):
             hidden = self._encode(embedded, packing, *_given(masked))
