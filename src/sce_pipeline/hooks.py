@@ -11,6 +11,8 @@ from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
+from kedro.io import AbstractVersionedDataset, CatalogProtocol, Version
+from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from rich import get_console
 
@@ -77,6 +79,19 @@ class NodeCostHooks:
             logger.info("%s took %.1f s and %.0f MB of GPU memory", node.name, seconds, peak)
         else:
             logger.info("%s took %.1f s", node.name, seconds)
+
+
+class VersionHooks:
+    """Let a run load what it has saved itself, whatever another run has saved since."""
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
+        """Fix the version of everything that one node saves and another loads."""
+        for name in pipeline.all_outputs() & pipeline.all_inputs():
+            dataset = catalog.get(name)
+            if isinstance(dataset, AbstractVersionedDataset) and dataset._version:
+                version = dataset.resolve_save_version()
+                dataset._version = Version(version, version)
 
 
 class CheckpointHooks:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from sce_pipeline.hooks import CheckpointHooks, NodeCostHooks, ParameterHooks, ReportHooks
+from sce_pipeline.hooks import (
+    CheckpointHooks,
+    NodeCostHooks,
+    ParameterHooks,
+    ReportHooks,
+    VersionHooks,
+)
 from sce_pipeline.resolvers import choose, merge
 
-HOOKS = (ParameterHooks(), NodeCostHooks(), CheckpointHooks(), ReportHooks())
+HOOKS = (ParameterHooks(), VersionHooks(), NodeCostHooks(), CheckpointHooks(), ReportHooks())
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

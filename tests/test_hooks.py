@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from kedro.io import DataCatalog
+from kedro.pipeline import Node, Pipeline
+from kedro.runner import SequentialRunner
+
+from sce_pipeline.hooks import CheckpointHooks, VersionHooks
+
+EARLIER, OWN, LATER = (f"2026-01-0{day}T00.00.00.000Z" for day in (1, 2, 3))
+
+
+def make_catalog(folder, save_version=OWN):
+    entry = {
+        "type": "json.JSONDataset",
+        "filepath": str(folder / "weights.json"),
+        "versioned": True,
+    }
+    return DataCatalog.from_config({"weights": entry}, save_version=save_version)
+
+
+def save_beside(folder, version):
+    """Do what another run does that saves at the same time."""
+    file = folder / "weights.json" / version / "weights.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(version))
+
+
+def evaluate(weights):
+    return weights
+
+
+def test_a_run_loads_its_own_version_whatever_runs_beside_it(tmp_path):
+    def train():
+        save_beside(tmp_path, LATER)
+        return OWN
+
+    nodes = [Node(train, None, "weights"), Node(evaluate, "weights", "found")]
+    save_beside(tmp_path, EARLIER)
+    catalog = make_catalog(tmp_path)
+    VersionHooks().before_pipeline_run(Pipeline(nodes), catalog)
+    found = SequentialRunner().run(Pipeline(nodes), catalog)["found"]
+    assert found.load() == OWN
+
+
+def test_what_a_run_does_not_save_is_the_latest(tmp_path):
+    for version in (EARLIER, LATER):
+        save_beside(tmp_path, version)
+    catalog = make_catalog(tmp_path)
+    VersionHooks().before_pipeline_run(Pipeline([Node(evaluate, "weights", "found")]), catalog)
+    assert catalog.load("weights") == LATER
+
+
+@pytest.mark.parametrize("saved", [["model_weights"], ["model_weights", "training_history"]])
+def test_checkpoints_stay_until_all_that_training_gives_is_saved(tmp_path, saved):
+    folder = tmp_path / "checkpoints"
+    (folder / "000001").mkdir(parents=True)
+    hooks = CheckpointHooks()
+    hooks.after_dataset_loaded("checkpoints", folder)
+    for name in saved:
+        hooks.after_dataset_saved(name)
+    assert folder.exists() == (len(saved) == 1)
