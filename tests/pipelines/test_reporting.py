@@ -11,6 +11,7 @@ from sce_pipeline.pipelines.reporting.figures import (
     plot_item_popularity,
     plot_metrics,
     plot_training_curve,
+    plot_training_time,
 )
 from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendations
 
@@ -48,6 +49,23 @@ def test_training_curve_marks_the_best_epoch():
     assert {line.x0 for line in figure.layout.shapes} == {2}
     assert "sce" in figure.layout.title.text
     assert "epoch 2 of 3" in figure.layout.title.text
+
+
+def test_time_figure_stacks_the_parts_and_names_their_shares():
+    parts = {"data": 1.0, "backbone": 2.0, "loss": 5.0, "optimiser": 1.0, "validation": 1.0}
+    costs = {"seconds_by_part": parts, "tokens_per_second": 5000.0, "memory_mb": 1200}
+    epochs = [{**epoch, **costs} for epoch in HISTORY["epochs"]]
+    figure = plot_training_time({**HISTORY, "epochs": epochs})
+    assert figure.layout.barmode == "stack"
+    assert [trace.name for trace in figure.data] == [
+        "data 10%",
+        "backbone 20%",
+        "loss 50%",
+        "optimiser 10%",
+        "validation 10%",
+    ]
+    assert list(figure.data[2].y) == [5.0, 5.0, 5.0]
+    assert "5,000 tokens a second, 1,200 MB" in figure.layout.title.text
 
 
 def test_metrics_figure_shows_both_rankings_with_intervals():

@@ -69,7 +69,7 @@ def plot_training_time(history: Mapping[str, Any]) -> go.Figure:
         numbers = [epoch["epoch"] for epoch in epochs]
         name = f"{part} {share:.0%}"
         figure.add_trace(go.Bar(x=numbers, y=seconds, name=name, marker={"color": colour}))
-    figure.update_xaxes(title_text="Epoch")
+    figure.update_xaxes(title_text="Epoch", tick0=1, dtick=max(1, len(epochs) // 10))
     figure.update_yaxes(title_text="Seconds")
     loss = history["parameters"]["loss"]["name"]
     rate = np.median([epoch["tokens_per_second"] for epoch in epochs])
