@@ -66,6 +66,8 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_two_ranks_train_as_one_does(tmp_path, caplog, monkeypatch, item_table):
     loss = {"name": "cce", **CCE_OPTIONS, "logq_correction": True}
     options = {"max_epochs": 2, "model": NO_DROPOUT, "checkpoint_steps": 5}
+    if item_table == "replicated":
+        options["accumulation_steps"] = 2
     if item_table == "sharded":  # whose rows are drawn otherwise
         monkeypatch.setattr(fit_module, "build_model", build_as_shards_do)
     _, alone = train(tmp_path / "alone", loss, **options)

@@ -36,6 +36,7 @@ class ItemTable:
         self.weight = weight
         self.ranks = ranks
         self.shard: Shard | None = None
+        self._sum: distributed.Work | None = None
 
     @property
     def gradient(self) -> Tensor:
@@ -47,18 +48,28 @@ class ItemTable:
         """Return the embeddings of the batch's items, [slots, d], without a graph."""
         return self.weight.detach().index_select(0, batch.items)
 
+    def start_sum(self) -> None:
+        """Begin to add up the ranks' gradients, while the backbone derives."""
+        if self.ranks.world > 1:
+            self._sum = distributed.all_reduce(self.gradient, async_op=True)
+
     def add_gradient(self, batch: TrainingBatch, gradient: Tensor) -> None:
-        """Add the derivative by what ``lookup`` returned, [slots, d]."""
-        self.gradient.index_add_(0, batch.items, gradient)
+        """Add the derivative by what ``lookup`` returned, [slots, d]; to the sum, of all ranks."""
+        items = batch.items
+        if self._sum is not None:
+            items = gather_rows(items, batch.slot_counts)
+            gradient = gather_rows(gradient, batch.slot_counts)
+            self._sum.wait()
+            self._sum = None
+        self.gradient.index_add_(0, items, gradient)
 
     def loss(self, loss: Loss, states: Tensor, batch: TrainingBatch) -> Tensor:
         """Return this rank's addend of a step's mean loss over its tokens."""
         mean = loss(states, self.weight, batch.targets, batch.sequence, batch.histories)
         return mean * (batch.counts[self.ranks.rank] / batch.step_tokens)
 
-    def sum_gradient(self) -> Tensor:
-        """Add the ranks' gradients up; returns the norm of the sum."""
-        self.ranks.add(self.gradient)
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of the whole table's gradient."""
         return torch.linalg.vector_norm(self.gradient)
 
     def embed(self, items: Tensor) -> Tensor:
@@ -86,6 +97,9 @@ class ShardedItemTable(ItemTable):
     def lookup(self, batch: TrainingBatch) -> Tensor:
         """Return the embeddings of the batch's items, [slots, d], without a graph."""
         return self._lookup(batch.items, batch.slot_counts)
+
+    def start_sum(self) -> None:
+        """Do nothing: each row's gradient is made where the row is."""
 
     def add_gradient(self, batch: TrainingBatch, gradient: Tensor) -> None:
         """Add the derivative by what ``lookup`` returned, [slots, d], on the ranks that hold it."""
@@ -117,7 +131,7 @@ class ShardedItemTable(ItemTable):
         share = mean * (sum(batch.counts) / batch.step_tokens)
         return share + (1 / self.ranks.world - 1) * share.detach()
 
-    def sum_gradient(self) -> Tensor:
+    def gradient_norm(self) -> Tensor:
         """Return the norm of the whole table's gradient, of which each rank has its rows'."""
         squares = torch.linalg.vector_norm(self.gradient).square()
         self.ranks.add(squares)

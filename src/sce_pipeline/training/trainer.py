@@ -108,6 +108,8 @@ class Trainer:
         with self._precision():
             loss = self.table.loss(self.loss, states, batch)
         loss.backward()
+        if batch.ends_step:
+            self.table.start_sum()
         clock.mark("loss")
         assert states.grad is not None  # noqa: S101
         self.table.add_gradient(batch, self.encoder.backward(batch.spread(states.grad)))
@@ -117,7 +119,7 @@ class Trainer:
     def update(self) -> Tensor:
         """Take a step of the optimiser; returns the norm of the gradient."""
         self.ranks.add(self._gradient)
-        norms = [self.table.sum_gradient(), torch.linalg.vector_norm(self._gradient)]
+        norms = [self.table.gradient_norm(), torch.linalg.vector_norm(self._gradient)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         self.optimizer.step()
         self.table.weight.grad = None
