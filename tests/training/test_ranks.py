@@ -115,8 +115,9 @@ def test_the_systems_request_to_end_is_passed_on():
 
 def test_ranks_end_with_their_launcher(tmp_path):
     code = (
-        "import pathlib, torch; from test_ranks import sit; from sce_pipeline.training import ranks\n"
-        f"ranks.launch(2, torch.device('cpu'), sit, pathlib.Path({str(tmp_path)!r}))"
+        "import pathlib, torch; from test_ranks import sit\n"
+        "from sce_pipeline.training.ranks import launch\n"
+        f"launch(2, torch.device('cpu'), sit, pathlib.Path({str(tmp_path)!r}))"
     )
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
