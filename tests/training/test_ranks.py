@@ -16,6 +16,7 @@ from sce_pipeline.models import build_model
 from sce_pipeline.models.item_shards import initial_rows
 from sce_pipeline.training import fit as fit_module
 from sce_pipeline.training import ranks as ranks_module
+from sce_pipeline.training.checkpoint import locked
 from sce_pipeline.training.ranks import launch
 from sce_pipeline.training.trainer import Trainer
 
@@ -159,6 +160,13 @@ def test_ranks_asked_in_different_steps_end_after_the_same_and_lose_nothing(tmp_
         for key in ("loss", "gradient_norm", "ndcg@10"):
             assert epoch[key] == other[key]
     assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+def test_ranks_that_outlive_their_launcher_for_a_moment_keep_the_folder(tmp_path):
+    held = tmp_path / "ranks"
+    message = f"CheckpointError: another run trains in {held}"
+    with locked(held), pytest.raises(RuntimeError, match=message):
+        train(tmp_path, {"name": "ce"}, devices=2)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,12 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train as one of ``ranks``; the other arguments and the result are those of ``fit``."""
     arguments = train_sequences, validation_sequences, folder, identity, parameters, filter_seen
+    # Should the process that launched the ranks be killed, its lock goes before they do.
+    writer = ranks.world > 1 and ranks.is_first
     try:
-        run = _Run(ranks, *arguments)
-        run.train()
+        with locked(folder / "ranks") if writer else nullcontext():
+            run = _Run(ranks, *arguments)
+            run.train()
     except NotFiniteError as error:
         raise NotFiniteError(f"{error}; the last good state is in {folder}") from error
     except torch.OutOfMemoryError as error:
