@@ -186,6 +186,7 @@ def test_an_unknown_preset_is_refused_with_those_that_exist(selection):
         {"model": "bert4rec", "training": {"model": {"n_heads": 5}}},
         {"model": "bert4rec", "training": {"model": {"mask_probability": 0}}},
         {"model": "bert4rec", "training": {"model": {"last_mask_probability": 1.1}}},
+        {"training": {"batch_size": 7, "devices": 4, "accumulation_steps": 2}},
         {"data_processing": {"stride": 51}},
         {"data_processing": {"split": {"quantile": 1.5}}},
         {"data_processing": {"filters": {"min_users_per_item": 0}}},

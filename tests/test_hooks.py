@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 
 import pytest
 from kedro.io import DataCatalog
@@ -53,12 +55,46 @@ def test_what_a_run_does_not_save_is_the_latest(tmp_path):
     assert catalog.load("weights") == LATER
 
 
-@pytest.mark.parametrize("saved", [["model_weights"], ["model_weights", "training_history"]])
-def test_checkpoints_stay_until_all_that_training_gives_is_saved(tmp_path, saved):
-    folder = tmp_path / "checkpoints"
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "seed_42"
     (folder / "000001").mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_checkpoints_stay_until_all_that_training_makes_is_saved(folder, order):
     hooks = CheckpointHooks()
     hooks.after_dataset_loaded("checkpoints", folder)
-    for name in saved:
+    first, second = ["model_weights", "training_history"][::order]
+    for name in ("training_data", first, first):
         hooks.after_dataset_saved(name)
-    assert folder.exists() == (len(saved) == 1)
+        assert folder.exists()
+    hooks.after_dataset_saved(second)
+    assert not folder.exists()
+    hooks.after_dataset_saved("metrics")
+
+
+def finish(folder):
+    hooks = CheckpointHooks()
+    hooks.after_dataset_loaded("checkpoints", folder)
+    for name in ("model_weights", "training_history"):
+        hooks.after_dataset_saved(name)
+
+
+def test_a_link_to_another_disk_stays_for_the_next_run(folder, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    finish(link)
+    assert link.is_symlink()
+    assert list(link.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_removed_does_not_stop_the_run(folder, monkeypatch, caplog):
+    def fail(path):
+        raise OSError("resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with caplog.at_level(logging.WARNING):
+        finish(folder)
+    assert "resource busy" in caplog.text

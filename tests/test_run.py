@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from kedro.framework.session import KedroSession
@@ -14,6 +17,7 @@ from safetensors.numpy import load_file
 
 from helpers import ROOT, make_log
 from sce_pipeline.losses import LOSSES
+from sce_pipeline.training.checkpoint import CheckpointError
 
 SMALL = {
     "split": "temporal_disjoint",
@@ -181,6 +185,7 @@ def test_training_and_evaluation_run_without_any_data_frame_library(project):
     parameters = {**SMALL, "dataset": "walk", "loss": "ce"}
     code = f"""
 import sys
+import time
 for library in ("narwhals", "pandas", "polars", "pyarrow"):
     sys.modules[library] = None  # importing it fails
 from kedro.framework.project import configure_project
@@ -194,6 +199,49 @@ with KedroSession.create({str(project.folder)!r}, runtime_params={parameters!r})
         [sys.executable, "-c", code], check=True, cwd=project.folder, env=environment, timeout=120
     )
     assert len(project.versions("08_reporting", "walk", "ce", "metrics.json")) == 2
+
+
+def test_a_run_that_is_killed_in_training_goes_on_to_the_same_metrics(project, caplog):
+    project.write_log("walk", make_log())
+    run_small(project, loss="cce")
+    training = {"training.checkpoint_steps": 1}
+    changes = ",".join(
+        f"{name}={value}"
+        for name, value in {"dataset": "walk", "loss": "cce", **training, **flat(SMALL)}.items()
+    )
+    checkpoints = project.path("06_models", "walk", "cce", "checkpoints", "seed_42")
+    command = [sys.executable, "-m", "sce_pipeline", "--params", changes]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    again = {**SMALL, "training": {**SMALL["training"], "checkpoint_steps": 1}}
+    with subprocess.Popen(command, cwd=project.folder, env=environment) as run:
+        try:
+            while not list(checkpoints.glob("0*")):
+                assert run.poll() is None
+                time.sleep(0.005)
+            run.send_signal(signal.SIGSTOP)
+            with pytest.raises(CheckpointError, match="another run trains in"):
+                run_small(project, **again, loss="cce")
+        finally:
+            run.kill()
+    run_small(project, **again, loss="cce")
+    assert "going on after epoch" in caplog.text
+    undisturbed, killed = project.versions("08_reporting", "walk", "cce", "metrics.json")
+    assert undisturbed.read_bytes() == killed.read_bytes()
+    histories = project.versions("06_models", "walk", "cce", "training_history.json")
+    first, second = (json.loads(file.read_text())["epochs"] for file in histories)
+    assert [epoch["loss"] for epoch in first] == [epoch["loss"] for epoch in second]
+    assert not checkpoints.exists()
+
+
+def flat(values, prefix=""):
+    """Name nested values as the command line does."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def test_the_sample_that_ships_is_the_one_described():

@@ -99,18 +99,28 @@ class CheckpointHooks:
 
     def __init__(self) -> None:
         self._folder: Path | None = None
+        self._unsaved: set[str] = set()
 
     @hook_impl
     def after_dataset_loaded(self, dataset_name: str, data: Any) -> None:
         """Remember the folder that training is given."""
         if dataset_name == "checkpoints":
             self._folder = data
+            self._unsaved = {"model_weights", "training_history"}
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str) -> None:
-        """Remove it after the last thing that training saves."""
-        if dataset_name == "training_history" and self._folder is not None:
-            shutil.rmtree(self._folder)
+        """Remove it after the last thing that training saves, in whatever order that is."""
+        self._unsaved.discard(dataset_name)
+        if self._folder is None or self._unsaved:
+            return
+        folder, self._folder = self._folder, None
+        try:
+            shutil.rmtree(folder.resolve())
+            if folder.is_symlink():  # to a disk for such things, which the next run wants too
+                folder.resolve().mkdir()
+        except OSError as error:
+            logger.warning("could not remove the checkpoints of a run that is done: %s", error)
 
 
 class ReportHooks:

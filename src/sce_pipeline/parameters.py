@@ -312,6 +312,16 @@ class TrainingParameters(Parameters):
     compile: bool
 
     @model_validator(mode="after")
+    def _check_batch_size(self) -> TrainingParameters:
+        n_parts = self.devices * self.accumulation_steps
+        if self.batch_tokens is None and self.batch_size < n_parts:
+            raise ValueError(
+                f"batch_size must be at least devices * accumulation_steps = {n_parts}, a sequence "
+                f"for each part of a step; got {self.batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_item_table(self) -> TrainingParameters:
         if self.item_table == "sharded" and self.loss.name != "cce":
             raise ValueError(

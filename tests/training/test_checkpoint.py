@@ -3,6 +3,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +86,32 @@ def test_a_full_disk_is_a_warning_and_the_last_state_stays(checkpoints, caplog):
     assert checkpoints.load()["epoch"] == 1
     assert checkpoints.save({"epoch": 3})
     assert checkpoints.load()["epoch"] == 3
+
+
+@pytest.mark.parametrize("failing", ["mkdir", "rename"])
+def test_ranks_stay_in_step_when_the_folder_fails_the_first(tmp_path, monkeypatch, failing):
+    barrier = threading.Barrier(2, timeout=20)
+    votes = [True, True]
+
+    def save(rank):
+        def agree(true):
+            votes[rank] = true
+            barrier.wait()
+            everybody = all(votes)
+            barrier.wait()
+            return everybody
+
+        return Checkpoints(tmp_path, IDENTITY, rank, agree).save({"epoch": 1})
+
+    def fail(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    with ThreadPoolExecutor(2) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, failing, fail)
+            assert list(pool.map(save, range(2))) == [False, False]
+        assert list(pool.map(save, range(2))) == [True, True]
+    assert Checkpoints(tmp_path, IDENTITY, 1).load() == {"epoch": 1}
 
 
 def test_other_parameters_and_data_are_refused_with_the_differences(checkpoints):

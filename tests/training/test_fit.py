@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sce_pipeline.evaluation.rankers import rank_with_model
 from sce_pipeline.losses import LOSSES
 from sce_pipeline.losses.cce_minus import CCEMinus
 from sce_pipeline.models import SASRec, load_model
+from sce_pipeline.training import progress
 from sce_pipeline.training.trainer import Trainer
 
 
@@ -227,6 +229,31 @@ def test_training_says_what_it_does(tmp_path, caplog):
     text = caplog.text
     assert "training sasrec with ce on" in text
     assert text.count("validation NDCG@10 0.") == 3  # each epoch's line, and the best at the end
+
+
+def test_output_that_goes_to_a_file_has_lines_and_no_bar(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "SECONDS_IN_LOG", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # what is written goes to stdout
+    with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+        train(tmp_path, {"name": "ce"}, max_epochs=1)
+    assert "epoch 1  step 13 of 13  loss" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [({}, "lower training.batch_size = 16"), ({"batch_tokens": 99}, "training.batch_tokens = 99")],
+)
+def test_too_little_memory_is_an_error_that_names_what_decides(
+    tmp_path, monkeypatch, changes, advice
+):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trainer, "accumulate", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**29)
+    with pytest.raises(RuntimeError, match=rf"to 0\.5 GB, 1\.0 of 2\.0 GB were free; .*{advice}"):
+        train(tmp_path, {"name": "ce"}, **changes)
 
 
 def test_a_gpu_that_is_not_there_is_an_error(tmp_path, monkeypatch):

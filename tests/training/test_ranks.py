@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,10 @@ from walks import CCE_OPTIONS, N_ITEMS, NO_DROPOUT, train
 from sce_pipeline.models import build_model
 from sce_pipeline.models.item_shards import initial_rows
 from sce_pipeline.training import fit as fit_module
+from sce_pipeline.training import ranks as ranks_module
+from sce_pipeline.training.checkpoint import locked
 from sce_pipeline.training.ranks import launch
+from sce_pipeline.training.trainer import Trainer
 
 logger = logging.getLogger("sce_pipeline.tests")
 CPU = torch.device("cpu")
@@ -31,6 +38,45 @@ def fail(ranks):
     if ranks.rank == 1:
         raise ValueError("this rank does not want to")
     time.sleep(60)
+
+
+def die_while_writing_to_the_log(ranks):
+    if ranks.rank == 1:
+        (handler,) = logging.getLogger("sce_pipeline").handlers
+        handler.queue._wlock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def ask_the_launcher_to_end(ranks):
+    if ranks.is_first:
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def sit(ranks, folder):
+    (folder / f"{ranks.rank}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def train_until_asked_apart(ranks, *arguments):
+    """Ask the ranks to end, each one step later than the one before, and twice."""
+    update = Trainer.update
+    steps = []
+
+    def watch(trainer):
+        norm = update(trainer)
+        steps.append(None)
+        if len(steps) == 16 + ranks.rank:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return norm
+
+    Trainer.update = watch
+    fit_train(ranks, *arguments)
+
+
+fit_train = fit_module.train
 
 
 def build_as_shards_do(parameters, n_items, max_length):
@@ -54,6 +100,73 @@ def test_a_failing_rank_ends_all_of_them_with_its_message():
     with pytest.raises(RuntimeError, match="rank 1 of 2 failed: ValueError: this rank does not"):
         launch(2, CPU, fail)
     assert time.perf_counter() - started < 50
+
+
+def test_a_rank_killed_while_it_logs_hangs_nobody(monkeypatch):
+    monkeypatch.setattr(ranks_module, "LAST_WORDS", 0.5)
+    with pytest.raises(RuntimeError, match="rank 1 of 2 failed: Signal 9"):
+        launch(2, CPU, die_while_writing_to_the_log)
+
+
+def test_the_systems_request_to_end_is_passed_on():
+    with pytest.raises(SystemExit) as raised:
+        launch(2, CPU, ask_the_launcher_to_end)
+    assert raised.value.code == 128 + signal.SIGTERM
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    code = (
+        "import pathlib, torch; from test_ranks import sit\n"
+        "from sce_pipeline.training.ranks import launch\n"
+        f"launch(2, torch.device('cpu'), sit, pathlib.Path({str(tmp_path)!r}))"
+    )
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as launcher:
+        wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"))
+        launcher.kill()
+    found = [int((tmp_path / rank).read_text() or 0) for rank in "01"]
+    wait_until(lambda: not any(map(is_running, found)))
+
+
+def wait_until(true, seconds=30):
+    end = time.perf_counter() + seconds
+    while not true():
+        assert time.perf_counter() < end
+        time.sleep(0.05)
+
+
+def is_running(process):
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().split()[2] != "Z"
+
+
+def test_ranks_asked_in_different_steps_end_after_the_same_and_lose_nothing(tmp_path, monkeypatch):
+    loss = {"name": "ce_minus", "n_negatives": 8, "exclude": "target", "impl": "auto"}
+    loss |= {"shared": "token", "log_correction": True}
+    options = {"devices": 2, "max_epochs": 3, "accumulation_steps": 2}
+    weights, history = train(tmp_path / "undisturbed", loss, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "train", train_until_asked_apart)
+        with pytest.raises(RuntimeError, match=r"rank \d of 2 failed"):
+            train(tmp_path / "asked", loss, **options)
+    states = sorted(path for path in (tmp_path / "asked").iterdir() if path.name.isdigit())
+    for rank in range(2):
+        state = torch.load(states[-1] / f"rank_{rank}.pt")
+        assert len(state["epochs"]) == 1
+        assert 3 <= len(state["measured"]) <= 4
+    again, same_history = train(tmp_path / "asked", loss, **options)
+    for epoch, other in zip(history["epochs"], same_history["epochs"], strict=True):
+        for key in ("loss", "gradient_norm", "ndcg@10"):
+            assert epoch[key] == other[key]
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+def test_ranks_that_outlive_their_launcher_for_a_moment_keep_the_folder(tmp_path):
+    held = tmp_path / "ranks"
+    message = f"CheckpointError: another run trains in {held}"
+    with locked(held), pytest.raises(RuntimeError, match=message):
+        train(tmp_path, {"name": "ce"}, devices=2)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

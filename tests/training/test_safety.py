@@ -19,6 +19,7 @@ from helpers import make_training
 from sce_pipeline.training.checkpoint import CheckpointError
 from sce_pipeline.training.fit import fit
 from sce_pipeline.training.trainer import NotFiniteError, Trainer
+from sce_pipeline.training.validation import Validation
 
 CE = {"name": "ce"}
 METRICS = ("epoch", "loss", "gradient_norm", "ndcg@10", "hr@10")
@@ -91,6 +92,23 @@ def test_the_systems_request_to_end_loses_nothing(tmp_path, monkeypatch):
     left = interrupt_at(monkeypatch, -1, None)
     train(tmp_path, CE, max_epochs=1)
     assert len(left) == 13 - 4
+
+
+def test_ctrl_c_in_the_last_validation_is_heard_and_loses_nothing(tmp_path, monkeypatch):
+    expected = result_of(*train(tmp_path / "undisturbed", CE, max_epochs=1))
+    measure = Validation.measure
+
+    def press(validation):
+        signal.raise_signal(signal.SIGINT)
+        return measure(validation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "measure", press)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "interrupted", CE, max_epochs=1)
+    steps = interrupt_at(monkeypatch, -1, None)
+    assert result_of(*train(tmp_path / "interrupted", CE, max_epochs=1)) == expected
+    assert steps == []
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class Packing:
         """
         if lengths.numel() == 0 or int(lengths.min()) < 0 or int(lengths.sum()) == 0:
             raise ValueError(f"a packing needs at least one token, got lengths {lengths}")
-        on_device = lengths.to(device, non_blocking=True)
+        on_device = send(lengths, device)
         n_tokens = int(lengths.sum())
         starts = on_device.cumsum(0) - on_device
         sequence = torch.repeat_interleave(on_device, output_size=n_tokens)
@@ -56,10 +56,10 @@ class Packing:
     def to(self, device: torch.device | str) -> Packing:
         """Return the same packing with its tensors on ``device``."""
         return Packing(
-            self.lengths.to(device),
-            self.offsets.to(device),
-            self.sequence.to(device),
-            self.place.to(device),
+            send(self.lengths, device),
+            send(self.offsets, device),
+            send(self.sequence, device),
+            send(self.place, device),
             self.on_host,
             self.longest,
         )
@@ -98,3 +98,13 @@ class Packing:
     def last(self, tokens: Tensor) -> Tensor:
         """Take the last token of every sequence: [tokens, ...] to [sequences, ...]."""
         return tokens[self.offsets[1:] - 1]
+
+
+def send(values: Tensor, device: torch.device | str) -> Tensor:
+    """Return ``values`` on ``device``; neither it nor what it still has to do is waited for.
+
+    A GPU's copy of memory that is not pinned would wait for both.
+    """
+    if torch.device(device).type == "cuda" and not values.is_cuda:
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

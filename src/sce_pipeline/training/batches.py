@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sce_pipeline.evaluation.held_out import check_items
 from sce_pipeline.losses.base import Histories
 from sce_pipeline.models import Packing
+from sce_pipeline.models.packing import send
 
 TOKENS_AT_ONCE = 2**19
 """Tokens gathered at once, for as many batches as they fill: 25 MB, and few kernels a batch."""
@@ -256,11 +257,11 @@ class TrainingBatches:
         starts = torch.cat([torch.cat([self.starts[p.windows], 0 * f]) for p, f in pairs])
         lengths = torch.cat([torch.cat([self.lengths[p.windows], f]) for p, f in pairs])
         packing = Packing.from_lengths(lengths, where)
-        inputs = starts.to(where, non_blocking=True)[packing.sequence] + packing.place
-        items = _move(self.items[inputs].long(), self.device)
+        inputs = send(starts, where)[packing.sequence] + packing.place
+        items = send(self.items[inputs].long(), self.device)
         targets = items
         if self.draw_mask is None:
-            targets = _move(self.items[inputs + 1].long(), self.device)
+            targets = send(self.items[inputs + 1].long(), self.device)
         histories = self._histories(torch.cat([part.windows for part in parts]), sizes)
         packings = packing.to(self.device).split(
             n + len(f) for n, f in zip(sizes, fillings, strict=True)
@@ -284,8 +285,8 @@ class TrainingBatches:
         if self.draw_mask is not None:
             generator = torch.Generator().manual_seed(_mix(*part.seed))
             drawn = self.draw_mask(packing.on_host[: part.windows.numel()], generator)
-            predicted = tokens = _move(drawn.nonzero()[:, 0], self.device)
-            masked = _move(F.pad(drawn, (0, items.numel() - drawn.numel())), self.device)
+            predicted = tokens = send(drawn.nonzero()[:, 0], self.device)
+            masked = send(F.pad(drawn, (0, items.numel() - drawn.numel())), self.device)
         return TrainingBatch(
             items=items,
             packing=packing,
@@ -324,8 +325,8 @@ class TrainingBatches:
         users = self.users[windows]
         where = items.device
         packing = Packing.from_lengths(offsets.diff()[users], where)
-        starts = offsets[users].to(where, non_blocking=True)
-        gathered = _move(items[starts[packing.sequence] + packing.place], self.device)
+        starts = send(offsets[users], where)
+        gathered = send(items[starts[packing.sequence] + packing.place], self.device)
         start = 0
         for packed in packing.to(self.device).split(sizes):
             stop = start + packed.n_tokens
@@ -338,13 +339,6 @@ def _place(items: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and items.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
         return items.pin_memory()
     return items.to(device)
-
-
-def _move(values: Tensor, device: torch.device) -> Tensor:
-    """Return ``values`` on the device, without waiting for it."""
-    if device.type == "cuda" and not values.is_cuda:
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def _mix(*numbers: int) -> int:

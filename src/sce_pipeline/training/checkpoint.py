@@ -60,30 +60,38 @@ class Checkpoints:
             state: Tensors and plain values.
         """
         writing = self.folder / WRITING
-        try:
-            if self.rank == 0:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir(parents=True)
-            self._agree(True)
-            _write({"identity": self.identity, **state}, writing / f"rank_{self.rank}.pt")
-            problem = None
-        except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error
-            problem = error
-        if not self._agree(problem is None):
-            logger.warning(
-                "could not write a checkpoint to %s: %s; training goes on, and the last one that "
-                "could be written stays",
-                self.folder,
-                problem or "another rank failed",
-            )
-            return False
-        if self.rank == 0:
+        file = writing / f"rank_{self.rank}.pt"
+
+        def begin() -> None:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+
+        def write() -> None:
+            _write({"identity": self.identity, **state}, file)
+
+        def end() -> None:
             earlier = self._states()
             number = int(earlier[-1].name) + 1 if earlier else 1
             writing.rename(self.folder / f"{number:06}")
             _sync(self.folder)
             for outdated in earlier[: 1 - KEPT]:
                 shutil.rmtree(outdated, ignore_errors=True)
+
+        for act, ranks in ((begin, (0,)), (write, (self.rank,)), (end, (0,))):
+            problem = None
+            try:
+                if self.rank in ranks:
+                    act()
+            except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error
+                problem = error
+            if not self._agree(problem is None):  # whatever happened, all ranks come here
+                logger.warning(
+                    "could not write a checkpoint to %s: %s; training goes on, and the last one "
+                    "that could be written stays",
+                    self.folder,
+                    problem or "another rank failed",
+                )
+                return False
         return True
 
     def load(self) -> dict[str, Any] | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import torch
+
+MARKS_KEPT = 1024
+"""From so many marks on, those that the device has passed are added up and let go."""
 
 
 class Clock:
@@ -20,7 +23,8 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+        self._marks: deque[tuple[str, torch.cuda.Event | float]] = deque()
+        self._totals: dict[str, float] = defaultdict(float)
 
     def start(self) -> None:
         """Begin to measure."""
@@ -34,15 +38,24 @@ class Clock:
             self._marks.append((part, event))
         else:
             self._marks.append((part, time.perf_counter()))
+        if len(self._marks) > MARKS_KEPT:
+            self._add_up()
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each part; waits for the device."""
-        totals: dict[str, float] = defaultdict(float)
         if self._on_gpu:
             torch.cuda.synchronize()
-        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+        self._add_up()
+        return dict(self._totals)
+
+    def _add_up(self) -> None:
+        """Turn the marks that the device has passed into seconds; the last of them stays."""
+        while len(self._marks) > 1:
+            (_, begin), (part, end) = self._marks[0], self._marks[1]
             if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                totals[part] += begin.elapsed_time(end) / 1000
+                if not end.query():
+                    return
+                self._totals[part] += begin.elapsed_time(end) / 1000
             elif isinstance(begin, float) and isinstance(end, float):
-                totals[part] += end - begin
-        return dict(totals)
+                self._totals[part] += end - begin
+            self._marks.popleft()

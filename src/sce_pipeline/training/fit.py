@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,12 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train as one of ``ranks``; the other arguments and the result are those of ``fit``."""
     arguments = train_sequences, validation_sequences, folder, identity, parameters, filter_seen
+    # Should the process that launched the ranks be killed, its lock goes before they do.
+    writer = ranks.world > 1 and ranks.is_first
     try:
-        run = _Run(ranks, *arguments)
-        run.train()
+        with locked(folder / "ranks") if writer else nullcontext():
+            run = _Run(ranks, *arguments)
+            run.train()
     except NotFiniteError as error:
         raise NotFiniteError(f"{error}; the last good state is in {folder}") from error
     except torch.OutOfMemoryError as error:
@@ -203,7 +207,7 @@ class _Run:
         measured = self._resume()
         limits = self.parameters.max_epochs, self.parameters.patience
         with (
-            interruptions() as interruption,
+            interruptions(insistent=self.ranks.world == 1) as interruption,
             Progress(self.ranks.device, self.ranks.is_first) as bar,
         ):
             while not self.history.is_over(*limits):
@@ -213,11 +217,16 @@ class _Run:
                 bar.start(epoch, self.batches.n_tokens)
                 for done in epoch:
                     bar.show(epoch)
-                    if interruption.signal or done % self.parameters.checkpoint_steps == 0:
+                    ends = self.ranks.all_end(interruption.signal is not None)
+                    if ends or done % self.parameters.checkpoint_steps == 0:
                         self._save(epoch)
-                    interruption.end_if_asked()
+                    if ends:
+                        interruption.end()
                 self._finish(epoch, started)
-                self._save_if_due(is_over=self.history.is_over(*limits))
+                ends = self.ranks.all_end(interruption.signal is not None)
+                self._save_if_due(ends or self.history.is_over(*limits))
+                if ends:
+                    interruption.end()
         if self.ranks.is_first:
             logger.info(
                 "best validation %s %.4f in epoch %d of %d",
@@ -297,10 +306,10 @@ class _Run:
                 f"{last['memory_mb']:,}",
             )
 
-    def _save_if_due(self, is_over: bool) -> None:
+    def _save_if_due(self, ends: bool) -> None:
         """Save between epochs, often enough to lose little and seldom enough to cost little."""
         since = time.perf_counter() - self._saved_at
-        if self.ranks.first(is_over or since * SAVING_SHARE >= self._saving_took):
+        if self.ranks.first(ends or since * SAVING_SHARE >= self._saving_took):
             self._save(None)
 
     def _save(self, epoch: Epoch | None) -> None:
@@ -368,8 +377,9 @@ def _out_of_memory(device: torch.device, parameters: TrainingParameters) -> str:
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
     used = torch.cuda.max_memory_allocated(device) / 2**30
     cheaper = "" if parameters.loss.name == "cce" else ", or choose loss cce"
+    size = "batch_size" if parameters.batch_tokens is None else "batch_tokens"
     return (
         f"the GPU's memory does not suffice: training took up to {used:.1f} GB, {free:.1f} of "
-        f"{total:.1f} GB were free; lower training.batch_size = {parameters.batch_size}, or raise "
+        f"{total:.1f} GB were free; lower training.{size} = {getattr(parameters, size)}, or raise "
         f"training.accumulation_steps = {parameters.accumulation_steps}{cheaper}"
     )

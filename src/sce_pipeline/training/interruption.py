@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,8 +18,8 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
-    def end_if_asked(self) -> None:
-        """End the run as the signal asks.
+    def end(self) -> NoReturn:
+        """End the run as the signal asks, or as if the system asked where another rank was.
 
         Raises:
             KeyboardInterrupt: Somebody pressed Ctrl-C.
@@ -26,13 +27,17 @@ class Interruption:
         """
         if self.signal is signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 
 @contextmanager
-def interruptions() -> Iterator[Interruption]:
-    """Take note of the first request to end, for the run to act on; a second one ends at once."""
+def interruptions(insistent: bool = True) -> Iterator[Interruption]:
+    """Take note of a request to end, for the run to act on.
+
+    Args:
+        insistent: Whether a second request ends at once. One of several processes gets the same
+            request from who ends them all and from the process that launched it.
+    """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption  # signals reach the main thread alone
@@ -45,7 +50,8 @@ def interruptions() -> Iterator[Interruption]:
 
     def take_note(number: int, frame: FrameType | None) -> None:
         interruption.signal = signal.Signals(number)
-        restore()
+        if insistent:
+            restore()
 
     for number in SIGNALS:
         signal.signal(number, take_note)

@@ -8,7 +8,7 @@ import sys
 import time
 
 import torch
-from rich import progress
+from rich import get_console, progress
 from torch import Tensor
 
 from sce_pipeline.training.trainer import Epoch
@@ -30,7 +30,7 @@ class Progress:
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self._device = device
         self._enabled = enabled
-        self._in_terminal = enabled and sys.stderr.isatty()
+        self._in_terminal = enabled and get_console().is_terminal
         self._interval = SECONDS_IN_TERMINAL if self._in_terminal else SECONDS_IN_LOG
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
