@@ -43,6 +43,14 @@ def test_users_are_there_at_random_times():
     assert (np.histogram(starts, bins=4, range=(0, 1))[0] > 200).all()
 
 
+def test_times_are_uniform_in_a_users_stretch():
+    """Of uniform times, all gaps are equal on average."""
+    world = make_world(shortest_history=8, longest_history=8)
+    seconds = draw_histories(world, np.arange(20_000)).seconds.reshape(20_000, 8)
+    gaps = np.diff(seconds, axis=1) - np.diff(seconds, axis=1).mean(axis=1, keepdims=True)
+    assert (np.abs(gaps.mean(axis=0)) < 4.5 * gaps.std(axis=0) / np.sqrt(20_000)).all()
+
+
 def test_lengths_are_log_normal_and_clipped():
     lengths = make_world(median_history=20, history_sigma=0.5, longest_history=60).lengths(
         np.arange(40_000)
@@ -100,6 +108,8 @@ def test_users_keep_to_their_clusters():
     is_own = (clusters[owners] == histories.places[:, None] // world.cluster_size).any(axis=1)
     assert is_own.mean() > 0.95
     np.testing.assert_allclose(weights.sum(axis=1), 1)
+    # Two weights that sum to 1 and are uniform: each is.
+    np.testing.assert_allclose(np.quantile(weights, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
 
 
 def test_items_are_followed_by_their_successors_as_often_as_planted():

@@ -147,6 +147,13 @@ def test_no_other_ranker_does_better():
     assert standard_errors(gained["counts of clusters"] - gained["successors and popularity"]) > 5
 
 
+def test_what_is_read_from_a_history_does_not_depend_on_others():
+    world = make_world(n_items=24, n_clusters=2, longest_history=6)
+    together = history_scales(world, draw_histories(world, np.arange(200)))
+    alone = [history_scales(world, draw_histories(world, np.array([user]))) for user in range(200)]
+    np.testing.assert_allclose(together, np.concatenate(alone))
+
+
 def test_metrics_are_those_of_evaluation():
     ranks = np.array([1, 2, 3, 10, 11, 500, NEVER_RANKED])
     measured = measure_ranks(ranks, (1, 10), 200, 0.9, 1)
@@ -193,3 +200,11 @@ def test_repeated_targets_count_as_misses_where_seen_items_are_left_out():
     assert out["leave_one_out"]["n_repeated_targets"] > 0
     assert kept["leave_one_out"]["n_repeated_targets"] == 0
     assert set(out) == set(kept) == {"leave_one_out"}
+
+
+def test_without_repeats_the_best_ranking_leaves_out_seen_items_in_any_case():
+    out, kept = (
+        protocols.measure_best(make_world(), np.arange(300), None, filter_seen=seen, **SETTINGS)
+        for seen in (True, False)
+    )
+    assert out == kept

@@ -118,8 +118,7 @@ def target_ranks(
     for number in range(parameters.n_successors):
         places = followers[:, number]
         popular, margin = popularity(owners, places), margins(places // size, owners)
-        is_lifted = (popular <= margin) & (popular + following[number] > margin)
-        above += is_lifted & (places != targets[:, 0])
+        above += (popular <= margin) & (popular + following[number] > margin)
 
     if leave_out_seen:
         users, places = _seen(world, histories)

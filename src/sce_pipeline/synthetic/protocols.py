@@ -33,7 +33,9 @@ def measure_best(
 ) -> dict[str, dict[str, Any]]:
     """Measure the best ranking of users' last items, given everything before them.
 
-    Every item of the world is ranked, also those that the log happens not to have. With seen items
+    Every item of the world is ranked, also those that the log happens not to have and no model can
+    recommend, and under ``temporal`` every last item is a target, also one unseen in training. So
+    with few interactions an item the figures are estimates, a little too low. With seen items
     filtered, a repeated target counts as a miss, as in evaluation; in a log without repeats a
     history's items cannot follow it, so that the best ranking leaves them out in any case.
 
