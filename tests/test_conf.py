@@ -12,6 +12,7 @@ from sce_pipeline.parameters import (
     DataProcessingParameters,
     EvaluationParameters,
     RunParameters,
+    SyntheticParameters,
     TrainingParameters,
 )
 from sce_pipeline.settings import CONFIG_LOADER_ARGS
@@ -29,6 +30,7 @@ def parse(config):
     parameters = config["parameters"]
     DataProcessingParameters.model_validate(parameters["data_processing"])
     EvaluationParameters.model_validate(parameters["evaluation"])
+    SyntheticParameters.model_validate(parameters["synthetic"])
     return TrainingParameters.model_validate(parameters["training"])
 
 

@@ -20,7 +20,7 @@ from sce_pipeline.parameters import RunParameters
 
 logger = logging.getLogger(__name__)
 
-GROUPS = ("data_processing", "training", "evaluation")
+GROUPS = ("data_processing", "training", "evaluation", "synthetic")
 """Groups of parameters that have defaults and may have a preset."""
 
 WORTH_A_LINE = 0.1

@@ -1,0 +1,1 @@
+"""Synthetic logs with a planted structure, for which the best possible ranking is known."""

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from kedro.io import DatasetError
+
+from sce_pipeline.datasets.new_table import NewTableDataset
+from sce_pipeline.datasets.raw_table import RawTableDataset
+
+
+def test_what_is_written_is_read_as_a_raw_table(tmp_path):
+    file = tmp_path / "log" / "interactions.parquet"
+    dataset = NewTableDataset(filepath=str(file))
+    assert not dataset.exists()
+    frame = pl.DataFrame({"userid": [1, 2], "itemid": [3, 4]})
+    dataset.save(frame.lazy())
+    assert dataset.exists()
+    table = RawTableDataset(filepath=str(file.with_suffix(""))).load().collect()
+    assert table.drop("row").equals(frame)
+    assert [path.name for path in file.parent.iterdir()] == ["interactions.parquet"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "parquet"])
+def test_no_table_is_written_over(tmp_path, suffix):
+    existing = tmp_path / f"interactions.{suffix}"
+    existing.write_text("mine")
+    dataset = NewTableDataset(filepath=str(tmp_path / "interactions.parquet"))
+    with pytest.raises(DatasetError, match=f"already has interactions.{suffix}"):
+        dataset.save(pl.LazyFrame({"userid": [1]}))
+    assert existing.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failure_leaves_no_part_of_a_table(tmp_path):
+    def fail(frame):
+        raise RuntimeError("no more")
+
+    dataset = NewTableDataset(filepath=str(tmp_path / "interactions.parquet"))
+    with pytest.raises(DatasetError, match="no more"):
+        dataset.save(pl.LazyFrame({"userid": [1]}).map_batches(fail))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DatasetError, match="never read"):
+        dataset.load()
