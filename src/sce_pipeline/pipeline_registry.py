@@ -5,9 +5,13 @@ from __future__ import annotations
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
+ON_REQUEST = frozenset({"baselines", "comparison"})
+"""Pipelines that are no stage of a run."""
+
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Name every pipeline under ``pipelines/`` and their sum, ``__default__``."""
+    """Name every pipeline under ``pipelines/``, and the sum of the stages, ``__default__``."""
     pipelines = find_pipelines(raise_errors=True)
-    pipelines["__default__"] = sum(pipelines.values(), start=Pipeline([]))
+    stages = (pipeline for name, pipeline in pipelines.items() if name not in ON_REQUEST)
+    pipelines["__default__"] = sum(stages, start=Pipeline([]))
     return pipelines
