@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import polars as pl
@@ -13,6 +13,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from sce_pipeline.evaluation.metrics import ndcg
+from sce_pipeline.losses import LOSSES
 from sce_pipeline.pipelines.comparison.runs import CUTOFF, MONITOR, Run
 from sce_pipeline.pipelines.reporting.figures import finish
 
@@ -28,11 +29,12 @@ COSTS = {"memory_mb": "Peak memory, MB", "training_seconds": "Training time, sec
 BASELINE_DASHES = {"popularity": "dot", "item_knn": "dash", "pure_svd": "dashdot"}
 BASELINE_COLOUR = "#8c8c8c"
 
+_LOSS_COLOURS = dict(zip(LOSSES, cycle(qualitative.Dark24), strict=False))
 
-def colour_losses(losses: Iterable[str]) -> dict[str, str]:
-    """Give each loss a colour, by the order of their names."""
-    palette = qualitative.Dark24
-    return {loss: palette[place % len(palette)] for place, loss in enumerate(sorted(set(losses)))}
+
+def colour_of(loss: str | None) -> str:
+    """Return the colour of a loss, the same in all figures; of one that is no more, black."""
+    return _LOSS_COLOURS.get(loss or "", "black")
 
 
 def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
@@ -42,7 +44,7 @@ def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
     """
     models = leaderboard.filter(pl.col("loss").is_not_null())
     figure = make_subplots(cols=len(COSTS), shared_yaxes=True, horizontal_spacing=0.04)
-    for loss, colour in colour_losses(models["loss"]).items():
+    for loss in sorted(models["loss"].unique()):
         rows = models.filter(pl.col("loss") == loss)
         values = rows[MONITOR].to_numpy()
         texts = [
@@ -63,7 +65,7 @@ def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
                 text=texts,
                 hovertemplate="%{text}<br>NDCG@10 %{y:.4f} at %{x:,.4g}<extra></extra>",
                 mode="markers",
-                marker={"color": colour, "size": 9},
+                marker={"color": colour_of(loss), "size": 9},
                 name=loss,
                 legendgroup=loss,
                 showlegend=column == 1,
@@ -75,7 +77,7 @@ def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
             figure.add_hline(
                 row[MONITOR],
                 line={"color": BASELINE_COLOUR, "dash": BASELINE_DASHES[row["model"]], "width": 1},
-                annotation_text=row["model"] if column == 1 else None,
+                annotation_text=row["model"],
                 annotation_font_color=BASELINE_COLOUR,
                 row=1,
                 col=column,
@@ -89,7 +91,6 @@ def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
 def plot_validation_curves(runs: Sequence[Run]) -> go.Figure:
     """Draw the validation NDCG@10 of every epoch of every run of a model, the best one marked."""
     models = [run for run in runs if run.loss is not None]
-    colours = colour_losses(run.loss for run in models if run.loss is not None)
     figure = go.Figure()
     shown: set[str] = set()
     for run in sorted(models, key=lambda run: (run.loss or "", run.version)):
@@ -99,8 +100,8 @@ def plot_validation_curves(runs: Sequence[Run]) -> go.Figure:
             x=[epoch["epoch"] for epoch in epochs],
             y=[epoch[MONITOR] for epoch in epochs],
             mode="lines+markers",
-            line={"color": colours[run.loss or ""], "width": 1.5},
-            marker={"size": [9 if epoch["epoch"] == best else 3 for epoch in epochs]},
+            line={"color": colour_of(run.loss), "width": 1.5},
+            marker={"size": [9 if epoch["epoch"] == best else 3 for epoch in epochs], "opacity": 1},
             name=run.loss,
             legendgroup=run.loss,
             showlegend=run.loss not in shown,
@@ -135,8 +136,9 @@ def plot_by_popularity(
                 "run it again on the data of now, or move its folders away"
             )
         groups = decile[rankings["targets"]]
-        _add_means(figure, run, best_runs, rankings, groups, list(range(1, N_DECILES + 1)))
-    figure.update_xaxes(title_text="Popularity of the target, in tenths of the interactions")
+        _add_means(figure, run, rankings, groups, [str(1 + n) for n in range(N_DECILES)])
+    title = "Popularity of the target: tenths of the interactions, those of the rarest items first"
+    figure.update_xaxes(title_text=title, type="category")
     return _finish_means(figure, "Quality by popularity of the target, best run of each loss")
 
 
@@ -167,7 +169,7 @@ def plot_by_history_length(
             )
         of_users = lengths[np.searchsorted(users, rankings["users"])]
         groups = np.searchsorted(firsts, of_users, "right") - 1
-        _add_means(figure, run, best_runs, rankings, groups, labels)
+        _add_means(figure, run, rankings, groups, labels)
     figure.update_xaxes(title_text="Items in the history", type="category")
     return _finish_means(figure, "Quality by length of the history, best run of each loss")
 
@@ -188,10 +190,9 @@ def popularity_deciles(users_of_items: np.ndarray) -> np.ndarray:
 def _add_means(
     figure: go.Figure,
     run: Run,
-    runs: Sequence[Run],
     rankings: Mapping[str, np.ndarray],
     groups: np.ndarray,
-    labels: Sequence[Any],
+    labels: Sequence[str],
 ) -> None:
     """Add a run's mean NDCG@10 over the users of each group; a group of nobody has none."""
     values = ndcg(torch.from_numpy(rankings["target_ranks"]), CUTOFF).numpy()
@@ -201,8 +202,7 @@ def _add_means(
     if run.loss is None:
         line = {"color": BASELINE_COLOUR, "dash": BASELINE_DASHES[run.model]}
     else:
-        colours = colour_losses(other.loss for other in runs if other.loss is not None)
-        line = {"color": colours[run.loss]}
+        line = {"color": colour_of(run.loss)}
     figure.add_trace(
         go.Scatter(
             x=labels,

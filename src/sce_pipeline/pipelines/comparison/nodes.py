@@ -34,17 +34,17 @@ Partitions = dict[str, Callable[[], Any]]
 
 
 def collect_runs(
-    run_histories: Partitions, run_metrics: Partitions, run_rankings: Partitions
+    run_histories: Partitions, run_metrics: Partitions, run_rankings: Partitions, dataset: str
 ) -> Runs:
     """Join what the runs on the data set left, and say which of them are incomplete.
 
     Raises:
         ValueError: No run of a model is complete.
     """
-    runs = join_parts(run_histories, run_metrics, run_rankings)
+    runs = join_parts(dataset, run_histories, run_metrics, run_rankings)
     if not runs.models:
         lacks = "".join(f"; {name} lacks {parts}" for name, parts in runs.incomplete.items())
-        raise ValueError(f"there is no complete run of a model to compare{lacks}")
+        raise ValueError(f"there is no complete run of a model on {dataset} to compare{lacks}")
     logger.info("%d runs of models are complete", len(runs.models))
     for name, lacks in runs.incomplete.items():
         logger.warning("%s is left out, as it lacks: %s", name, lacks)
@@ -144,4 +144,4 @@ def write_report(
     }
     if len(lacking):
         sections["Incomplete runs"] = render_table(lacking)
-    return render_page("Comparison of runs", sections)
+    return render_page(f"Runs on {compared_runs.dataset}", sections)

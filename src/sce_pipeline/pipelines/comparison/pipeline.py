@@ -27,7 +27,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 collect_runs,
-                inputs=["run_histories", "run_metrics", "run_rankings"],
+                inputs=["run_histories", "run_metrics", "run_rankings", "params:dataset"],
                 outputs="compared_runs",
                 name="collect_runs",
             ),

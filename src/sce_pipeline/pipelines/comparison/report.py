@@ -20,10 +20,7 @@ td.number, th.number { text-align: right }
 """
 
 
-def render_page(
-    title: str,
-    sections: Mapping[str, str],
-) -> str:
+def render_page(title: str, sections: Mapping[str, str]) -> str:
     """Lay sections of HTML out under their headings, with the script of all figures once.
 
     Args:
@@ -78,4 +75,6 @@ def _write(name: str, value: Any) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:,.1f}" if "seconds" in name or "memory" in name else f"{value:.4f}"
+    if "seconds" in name or "memory" in name:
+        return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"  # noqa: PLR2004
+    return f"{value:.4f}"

@@ -14,9 +14,6 @@ CUTOFF = 10
 MONITOR = f"ndcg@{CUTOFF}"
 """The metric by which runs are ordered and compared."""
 
-BASELINES = "baselines"
-"""The folder of the fitted baselines, where models have that of their loss."""
-
 Partitions = Mapping[str, Callable[[], Any]]
 
 
@@ -56,10 +53,12 @@ class Runs:
     """The runs on a data set.
 
     Attributes:
+        dataset: Its name.
         complete: Models, then baselines, each by version.
         incomplete: What the others lack, by loss and version.
     """
 
+    dataset: str
     complete: list[Run]
     incomplete: dict[str, str]
 
@@ -104,7 +103,9 @@ class Runs:
         return list(chosen.values())
 
 
-def join_parts(histories: Partitions, metrics: Partitions, rankings: Partitions) -> Runs:
+def join_parts(
+    dataset: str, histories: Partitions, metrics: Partitions, rankings: Partitions
+) -> Runs:
     """Join what runs left, by loss and version.
 
     Histories and metrics are loaded, rankings are not. A run is complete with a history, metrics at
@@ -112,6 +113,7 @@ def join_parts(histories: Partitions, metrics: Partitions, rankings: Partitions)
     each kind of data.
 
     Args:
+        dataset: The name of the data set.
         histories: Loaders by ``<loss>/training_history.json/<version>``.
         metrics: Loaders by ``<loss>/metrics.json/<version>``.
         rankings: Loaders by ``<loss>/<name>_rankings.safetensors/<version>/<name>``.
@@ -156,7 +158,7 @@ def join_parts(histories: Partitions, metrics: Partitions, rankings: Partitions)
                 ranked[key][file],
             )
             (models if is_model else baselines).append(run)
-    return Runs([*models, *_latest_popularity(baselines)], incomplete)
+    return Runs(dataset, [*models, *_latest_popularity(baselines)], incomplete)
 
 
 def _key(place: str) -> tuple[str, str]:
