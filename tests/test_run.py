@@ -206,6 +206,8 @@ def test_a_bad_value_fails_before_any_node(project):
         ),
         ({"training": {"seed": 1}}, "seed is 42 but training.seed has 1"),
         ({"dataset_presets": {"walk": {"trainin": {}}}}, "trainin\n  Extra inputs"),
+        ({"baselines": {"item_knn": {"n": 3}}}, "item_knn.n\n  Extra inputs"),
+        ({"comparison": {"pairs": "all"}}, "Input should be 'best_per_loss'"),
         ({"evaluation": {"cutoffs": [5, 5]}}, "cutoffs must be distinct, got 5, 5"),
     ],
     ids=repr,

@@ -31,12 +31,16 @@ def make_rankings(ranks, users=None, targets=None, n_items=50):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_p_value_is_that_of_all_signs(seed):
-    differences = np.random.default_rng(seed).normal(0.3, 1, 11)
+def test_the_p_value_is_that_of_all_signs_and_of_scipy(seed):
+    differences = np.random.default_rng(seed).normal(0.5, 1, 11)
     differences[[2, 7]] = 0
     means = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=11)]
     expected = np.mean(np.array(means) >= abs(differences.sum()) - 1e-12)
-    assert permutation_p_value(differences, 10_000, seed=0) == pytest.approx(expected)
+    by_scipy = stats.permutation_test((differences,), np.sum, permutation_type="samples").pvalue
+    assert by_scipy == pytest.approx(expected)
+    p_value = permutation_p_value(differences, 40_000, seed=0)
+    assert p_value == pytest.approx(expected, abs=0.01)
+    assert p_value == permutation_p_value(differences, 40_000, seed=0)
 
 
 def test_random_signs_come_near_a_t_test_whatever_is_drawn_at_once(monkeypatch):

@@ -120,7 +120,9 @@ class Folders:
         getattr(self, kind)[place] = load
 
     def join(self):
-        return join_parts("walk", self.histories, self.metrics, self.rankings)
+        return join_parts(
+            "walk", DATA.model_dump(mode="json"), self.histories, self.metrics, self.rankings
+        )
 
 
 def tabulate(runs, **changes):
@@ -154,7 +156,7 @@ def test_runs_that_lack_a_part_are_named(caplog):
     del folders.metrics["ce/metrics.json/3"]
     del folders.rankings["ce/test_rankings.safetensors/4/test"]
     del folders.rankings["baselines/pure_svd_rankings.safetensors/6/pure_svd"]
-    runs = collect_runs(folders.histories, folders.metrics, folders.rankings, "walk")
+    runs = collect_runs(folders.histories, folders.metrics, folders.rankings, stamp(DATA), "walk")
     assert [run.version for run in runs.models] == ["1"]
     assert runs.incomplete == {
         "ce/2": "training history",
@@ -173,7 +175,7 @@ def test_without_a_complete_run_there_is_nothing_to_compare():
     folders.metrics.pop("ce/metrics.json/1")
     message = "no complete run of a model on walk to compare; ce/1 lacks metrics"
     with pytest.raises(ValueError, match=message):
-        collect_runs(folders.histories, folders.metrics, folders.rankings, "walk")
+        collect_runs(folders.histories, folders.metrics, folders.rankings, stamp(DATA), "walk")
 
 
 def test_the_leaderboard_has_a_row_for_each_run_the_best_first():
@@ -228,12 +230,15 @@ def test_seeds_are_averaged_and_one_that_ran_twice_counts_once():
     assert seeds.filter(pl.col("n") == 1)["ndcg@10_deviation"].null_count() == 2
 
 
-def test_the_best_of_a_loss_is_chosen_by_validation_among_runs_on_the_same_data():
+def test_the_best_of_a_loss_is_chosen_by_validation_among_runs_on_the_same_data(caplog):
     folders = Folders().add("1", validation=(0.5, 0.1), value=0.1)
     folders.add("2", validation=(0.4,), value=0.9)
     folders.add("3", validation=(0.9,), data=OTHER_DATA).add("4", "sce")
     folders.add_baselines("5").add_baselines("6")
-    best = select_best(folders.join(), stamp(DATA))
+    parts = folders.histories, folders.metrics, folders.rankings
+    runs = collect_runs(*parts, stamp(DATA), "walk")
+    assert "sasrec + ce, 3 is on data that was made otherwise" in caplog.text
+    best = select_best(runs)
     assert [(run.model, run.loss, run.version) for run in best] == [
         ("sasrec", "ce", "1"),
         ("sasrec", "sce", "4"),
@@ -245,7 +250,7 @@ def test_the_best_of_a_loss_is_chosen_by_validation_among_runs_on_the_same_data(
 
 def test_by_default_the_best_runs_are_compared_each_with_each():
     runs = Folders().add("1", "ce").add("2", "sce").add_baselines("3").join()
-    best = select_best(runs, stamp(DATA))
+    best = select_best(runs)
     table = compare(runs, "best_per_loss", best)
     assert table.height == 10
     assert table["p_holm"].to_list() == pytest.approx(holm(table["p_value"].to_list()))
@@ -308,7 +313,7 @@ def test_sequences():
 
 def test_means_by_group_are_those_of_its_users(test_sequences):
     runs = Folders().add("1", "ce").add("2", "sce").join()
-    best = select_best(runs, stamp(DATA))
+    best = select_best(runs)
     figure = plot_by_history_length(best, test_sequences)
     assert [trace.name for trace in figure.data] == ["ce", "sce", "popularity"]
     assert list(figure.data[0].x) == ["1–2", "3–7", "8–29", "30"]
@@ -369,9 +374,10 @@ class Page(HTMLParser):
 def test_the_report_is_one_page_that_fetches_nothing_and_escapes_what_it_shows(test_sequences):
     evil = "<script>alert(1)</script>"
     folders = Folders().add("1", "ce").add("2", "sce", precision=evil).add("3<script>")
+    folders.add("5", "ce", data=OTHER_DATA)
     folders.put("metrics", "ce", "4<script>", {})
     runs = folders.join()
-    best = select_best(runs, stamp(DATA))
+    best = select_best(runs)
     presets = {"sasrec": make_training().model.model_dump()}
     board, _ = rank_runs(runs, make_training(), DATA, LOSS_PRESETS, presets)
     figures = collect_figures(
@@ -390,7 +396,9 @@ def test_the_report_is_one_page_that_fetches_nothing_and_escapes_what_it_shows(t
     assert page.fetched == []
     assert evil not in html
     assert "<td>ce/4&lt;script&gt;</td><td>training history, rankings</td>" in html
-    assert "3 runs of models, 1 of baselines, and 1 that are incomplete" in html
+    assert "4 runs of models, 2 of baselines, and 1 that are incomplete" in html
+    assert "2 are on data that was made otherwise" in html
+    assert "below: sasrec + ce, 5; popularity." in html
     assert html.count("Plotly.newPlot(") >= len(figures)
     assert html.count("plotly.js v") == 1
     assert "Runs on walk" in html

@@ -34,26 +34,32 @@ Partitions = dict[str, Callable[[], Any]]
 
 
 def collect_runs(
-    run_histories: Partitions, run_metrics: Partitions, run_rankings: Partitions, dataset: str
+    run_histories: Partitions,
+    run_metrics: Partitions,
+    run_rankings: Partitions,
+    test_sequences: dict[str, np.ndarray],
+    dataset: str,
 ) -> Runs:
-    """Join what the runs on the data set left, and say which of them are incomplete.
+    """Join what the runs on the data set left, and say which are incomplete or on other data.
 
     Raises:
         ValueError: No run of a model is complete.
     """
-    runs = join_parts(dataset, run_histories, run_metrics, run_rankings)
+    runs = join_parts(dataset, read_stamp(test_sequences), run_histories, run_metrics, run_rankings)
     if not runs.models:
         lacks = "".join(f"; {name} lacks {parts}" for name, parts in runs.incomplete.items())
         raise ValueError(f"there is no complete run of a model on {dataset} to compare{lacks}")
     logger.info("%d runs of models are complete", len(runs.models))
     for name, lacks in runs.incomplete.items():
         logger.warning("%s is left out, as it lacks: %s", name, lacks)
+    for run in runs.on_other_data:
+        logger.warning("%s is on data that was made otherwise and stands in tables alone", run.name)
     return runs
 
 
-def select_best(compared_runs: Runs, test_sequences: dict[str, np.ndarray]) -> list[Run]:
+def select_best(compared_runs: Runs) -> list[Run]:
     """Choose the best run of each loss, and the latest of each baseline, on the data of now."""
-    return compared_runs.best_per_loss(read_stamp(test_sequences))
+    return compared_runs.best_per_loss()
 
 
 def rank_runs(
@@ -132,6 +138,7 @@ def write_report(
             f"and {len(lacking):,} that are incomplete. Changes are against the presets of loss "
             "and model and against what is in force for the data set."
         )
+        + render_paragraph(_describe_other_data(compared_runs))
         + render_table(leaderboard),
         "Means over seeds": render_table(seed_averages),
         "Pairs": render_paragraph(
@@ -145,3 +152,13 @@ def write_report(
     if len(lacking):
         sections["Incomplete runs"] = render_table(lacking)
     return render_page(f"Runs on {compared_runs.dataset}", sections)
+
+
+def _describe_other_data(runs: Runs) -> str:
+    if not runs.on_other_data:
+        return "All are on the data of now."
+    names = "; ".join(run.name for run in runs.on_other_data)
+    return (
+        f"Of these, {len(runs.on_other_data):,} are on data that was made otherwise than that of "
+        f"now and are not among the best runs that are held against each other below: {names}."
+    )

@@ -27,13 +27,19 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 collect_runs,
-                inputs=["run_histories", "run_metrics", "run_rankings", "params:dataset"],
+                inputs=[
+                    "run_histories",
+                    "run_metrics",
+                    "run_rankings",
+                    "test_sequences",
+                    "params:dataset",
+                ],
                 outputs="compared_runs",
                 name="collect_runs",
             ),
             Node(
                 select_best,
-                inputs=["compared_runs", "test_sequences"],
+                inputs="compared_runs",
                 outputs="best_runs",
                 name="select_best",
             ),

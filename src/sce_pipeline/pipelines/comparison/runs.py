@@ -54,11 +54,13 @@ class Runs:
 
     Attributes:
         dataset: Its name.
+        data_processing: The parameters with which the test sequences of now were made.
         complete: Models, then baselines, each by version.
         incomplete: What the others lack, by loss and version.
     """
 
     dataset: str
+    data_processing: dict[str, Any]
     complete: list[Run]
     incomplete: dict[str, str]
 
@@ -87,15 +89,22 @@ class Runs:
             f"{', '.join([*(run.version for run in self.models), *baselines])}{lacks}"
         )
 
-    def best_per_loss(self, data_processing: Mapping[str, Any]) -> list[Run]:
-        """Choose, of the runs on data made so, one for each loss and the latest of each baseline.
+    @property
+    def on_other_data(self) -> list[Run]:
+        """The complete runs on data that was made otherwise than that of now."""
+        made = self.data_processing
+        return [run for run in self.complete if run.history["data_processing"] != made]
+
+    def best_per_loss(self) -> list[Run]:
+        """Choose, of the runs on the data of now, one a loss and the latest of each baseline.
 
         The best has the highest validation NDCG@10, of equals it is the first: what is chosen for
         its test metrics would be overrated by them.
         """
         chosen: dict[str, Run] = {}
+        elsewhere = self.on_other_data
         for run in self.complete:
-            if run.history["data_processing"] != data_processing:
+            if run in elsewhere:
                 continue
             key = run.loss or run.model
             if run.loss is None or key not in chosen or run.validation > chosen[key].validation:
@@ -104,7 +113,11 @@ class Runs:
 
 
 def join_parts(
-    dataset: str, histories: Partitions, metrics: Partitions, rankings: Partitions
+    dataset: str,
+    data_processing: dict[str, Any],
+    histories: Partitions,
+    metrics: Partitions,
+    rankings: Partitions,
 ) -> Runs:
     """Join what runs left, by loss and version.
 
@@ -114,6 +127,7 @@ def join_parts(
 
     Args:
         dataset: The name of the data set.
+        data_processing: The parameters with which the test sequences of now were made.
         histories: Loaders by ``<loss>/training_history.json/<version>``.
         metrics: Loaders by ``<loss>/metrics.json/<version>``.
         rankings: Loaders by ``<loss>/<name>_rankings.safetensors/<version>/<name>``.
@@ -158,7 +172,7 @@ def join_parts(
                 ranked[key][file],
             )
             (models if is_model else baselines).append(run)
-    return Runs(dataset, [*models, *_latest_popularity(baselines)], incomplete)
+    return Runs(dataset, data_processing, [*models, *_latest_popularity(baselines)], incomplete)
 
 
 def _key(place: str) -> tuple[str, str]:
