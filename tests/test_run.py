@@ -107,6 +107,60 @@ def test_a_saved_version_is_evaluated_again_on_its_own(project):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_runs_and_baselines_are_compared_in_one_report(project):
+    project.write_log("walk", make_log())
+    for loss in ("ce", "sce"):
+        run_small(project, loss=loss)
+    assert not project.path("08_reporting", "walk", "baselines").exists()
+    assert not project.path("08_reporting", "walk", "comparison").exists()
+    fitted = {"item_knn": {"k": 5}, "pure_svd": {"n_factors": 4}}
+    run_small(project, pipelines=["baselines"], baselines=fitted)
+    # Half a run, as it is left when evaluation fails.
+    (metrics,) = project.versions("08_reporting", "walk", "sce", "metrics.json")
+    (history,) = project.versions("06_models", "walk", "sce", "training_history.json")
+    torn = history.parents[1] / "2000-01-01T00.00.00.000Z" / history.name
+    torn.parent.mkdir()
+    torn.write_bytes(history.read_bytes())
+    run_small(project, pipelines=["comparison"], comparison={"n_permutations": 99})
+
+    def read(name):
+        return json.loads(project.path("08_reporting", "walk", "comparison", name).read_text())
+
+    board = {row["loss"] or row["model"]: row for row in read("leaderboard.json")}
+    assert set(board) == {"ce", "sce", "popularity", "item_knn", "pure_svd"}
+    measured = json.loads(metrics.read_text())
+    assert board["sce"]["ndcg@10"] == measured["model"]["ndcg@10"]["value"]
+    assert board["popularity"]["ndcg@10"] == measured["popularity"]["ndcg@10"]["value"]
+    assert board["sce"]["version"] == metrics.parent.name
+    assert board["sce"]["changes"] == "model.hidden_size=16, model.n_blocks=1"
+    assert board["item_knn"]["changes"] == "k=5, shrinkage=10.0"
+    assert len(read("seed_averages.json")) == 2
+    assert len(read("significance.json")) == 10
+    for name in ("quality_against_cost", "validation_curves", "quality_by_popularity"):
+        assert read(f"{name}.json")["data"]
+    html = project.path("08_reporting", "walk", "comparison", "report.html").read_text("utf-8")
+    assert "sce/2000-01-01T00.00.00.000Z</td><td>metrics, rankings" in html
+    assert metrics.parent.name in html
+
+    (rankings,) = project.versions(
+        "07_model_output", "walk", "baselines", "item_knn_rankings.safetensors"
+    )
+    assert rankings.parent.name == board["item_knn"]["version"] == board["pure_svd"]["version"]
+    users = load_file(project.path("05_model_input", "walk", "test_sequences.safetensors"))["users"]
+    assert (load_file(rankings)["users"] == users).all()
+
+
+def test_baselines_are_fitted_on_the_data_asked_for_alone(project):
+    project.write_log("walk", make_log())
+    run_small(project, pipelines=["data_processing"])
+    with pytest.raises(ValueError, match=r"data_processing\.max_length = 16 rather than 8"):
+        run_small(
+            project,
+            pipelines=["baselines"],
+            data_processing={**SMALL["data_processing"], "max_length": 8},
+        )
+
+
 def test_sizes_beyond_the_catalogue_are_clamped_and_said(project, caplog):
     project.write_log("walk", make_log())
     training = {**SMALL["training"], "loss": {"bucket_size_y": 10_000}}
@@ -156,6 +210,8 @@ def test_a_bad_value_fails_before_any_node(project):
         ),
         ({"training": {"seed": 1}}, "seed is 42 but training.seed has 1"),
         ({"dataset_presets": {"walk": {"trainin": {}}}}, "trainin\n  Extra inputs"),
+        ({"baselines": {"item_knn": {"n": 3}}}, "item_knn.n\n  Extra inputs"),
+        ({"comparison": {"pairs": "all"}}, "Input should be 'best_per_loss'"),
         ({"evaluation": {"cutoffs": [5, 5]}}, "cutoffs must be distinct, got 5, 5"),
     ],
     ids=repr,

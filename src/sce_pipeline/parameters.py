@@ -426,6 +426,49 @@ class SyntheticParameters(Parameters):
         return self
 
 
+class ItemKNNParameters(Parameters):
+    """Item-kNN: each item has its ``k`` most similar ones; see ``evaluation.baselines``."""
+
+    k: PositiveInt
+    shrinkage: NonNegativeFloat
+
+
+class PureSVDParameters(Parameters):
+    """PureSVD of ``n_factors`` singular vectors; see ``evaluation.baselines``."""
+
+    n_factors: PositiveInt
+
+
+class BaselineParameters(Parameters):
+    """The baselines that are fitted on the training interactions."""
+
+    seed: Seed
+    item_knn: ItemKNNParameters
+    pure_svd: PureSVDParameters
+
+
+class ComparisonParameters(Parameters):
+    """Which runs are held against each other.
+
+    ``pairs`` are pairs of versions, or of names of baselines; ``best_per_loss`` takes the run with
+    the best validation NDCG@10 of each loss, and the baselines, each with each. p values come from
+    ``n_permutations``.
+    """
+
+    pairs: Literal["best_per_loss"] | Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
+    n_permutations: PositiveInt
+
+    @field_validator("pairs")
+    @classmethod
+    def _check_pairs(
+        cls, pairs: Literal["best_per_loss"] | tuple[tuple[str, str], ...]
+    ) -> Literal["best_per_loss"] | tuple[tuple[str, str], ...]:
+        for first, second in () if pairs == "best_per_loss" else pairs:
+            if first == second:
+                raise ValueError(f"a pair must be of two runs, got {first} twice")
+        return pairs
+
+
 class DatasetPreset(Parameters):
     """What a data set's preset may say; the values within a group are checked once merged."""
 
@@ -453,6 +496,9 @@ class RunParameters(Parameters):
     training: TrainingParameters
     evaluation: EvaluationParameters
     synthetic: SyntheticParameters
+
+    baselines: BaselineParameters
+    comparison: ComparisonParameters
     dataset_presets: dict[str, DatasetPreset]
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]

@@ -1,17 +1,17 @@
-"""The project's pipelines, found by folder; ``__default__`` runs all stages on one data set.
-
-``synthetic`` makes a data set and is no stage.
-"""
+"""The project's pipelines, found by folder; ``__default__`` runs all stages on one data set."""
 
 from __future__ import annotations
 
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
+ON_REQUEST = frozenset({"baselines", "comparison", "synthetic"})
+"""Pipelines that are no stage of a run."""
+
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Name every pipeline under ``pipelines/`` and the sum of the stages, ``__default__``."""
+    """Name every pipeline under ``pipelines/``, and the sum of the stages, ``__default__``."""
     pipelines = find_pipelines(raise_errors=True)
-    stages = [pipeline for name, pipeline in pipelines.items() if name != "synthetic"]
+    stages = (pipeline for name, pipeline in pipelines.items() if name not in ON_REQUEST)
     pipelines["__default__"] = sum(stages, start=Pipeline([]))
     return pipelines

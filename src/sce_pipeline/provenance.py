@@ -45,7 +45,7 @@ def check_stamp(arrays: Mapping[str, np.ndarray], parameters: DataProcessingPara
 
 def differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """List where nested values differ, as ``name = value rather than value``."""
-    flat_made, flat_asked = dict(_flatten(made)), dict(_flatten(asked))
+    flat_made, flat_asked = dict(flatten(made)), dict(flatten(asked))
     return [
         f"{name} = {flat_made.get(name)!r} rather than {flat_asked.get(name)!r}"
         for name in sorted(flat_made.keys() | flat_asked.keys())
@@ -63,9 +63,10 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Go through nested values by their full names, as ``name.of.a.value``."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -131,10 +131,42 @@ def rank_block(
         ValueError: The shapes do not fit together. Scores that are not finite are errors too, which
             ``join_rankings`` raises.
     """
-    n_users, n_items = len(hidden), len(item_embeddings)
-    _check_sizes(n_users, n_items, targets, seen, shard)
-    device = hidden.device
     table = item_embeddings.float()
+
+    def score(users: slice) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden[users].float() @ table.T
+
+    return rank_scores(score, (len(hidden), len(table)), hidden.device, targets, seen, k, shard)
+
+
+@torch.no_grad()
+def rank_scores(
+    score: Callable[[slice], Tensor],
+    size: tuple[int, int],
+    device: torch.device,
+    targets: Tensor,
+    seen: tuple[Tensor, Tensor] | None,
+    k: int,
+    shard: Shard | None = None,
+) -> Ranking:
+    """Rank all items for some users by scores that are asked for when they are needed.
+
+    Args:
+        score: Gives the scores of some of the users, float32 [users of the slice, n_items], on the
+            device; they are overwritten.
+        size: Number of users and of items, or of this rank's items.
+        device: Where the scores are.
+        targets: As for ``rank_block``, like all that follows.
+        seen: Items to leave out.
+        k: Length of the list of top items.
+        shard: Where the items are spread over ranks, which items these are.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    n_users, n_items = size
+    _check_sizes(n_users, n_items, targets, seen, shard)
     first_item, largest = (shard.first_item, shard.largest) if shard else (0, n_items)
     at_once = SCORES_AT_ONCE_ON_CPU if device.type == "cpu" else SCORES_AT_ONCE
     at_once = max(1, at_once // largest)
@@ -145,8 +177,7 @@ def rank_block(
     finite = torch.empty(n_users, dtype=torch.bool, device=device)
     for block, start in enumerate(starts):
         users = slice(start, start + at_once)
-        with torch.autocast(device.type, enabled=False):
-            scores = hidden[users].float() @ table.T
+        scores = score(users)
         all_finite = scores.amin(dim=1).isfinite() & scores.amax(dim=1).isfinite()
         if left_out:
             rows, items = left_out[block]
@@ -201,17 +232,59 @@ def rank_all(
     Raises:
         ValueError: The sequences are malformed or of another catalogue, or scores are not finite.
     """
-    n_items = int(sequences["n_items"][0])
-    if len(item_embeddings) != n_items:
+    n_items = len(item_embeddings)
+
+    def rank(block: UserBlock) -> Ranking:
+        return rank_block(encode(block), item_embeddings, block.targets, block.seen, k)
+
+    return _rank_blocks(rank, n_items, item_embeddings.device, sequences, filter_seen)
+
+
+def rank_all_by_scores(
+    score: Callable[[UserBlock], Callable[[slice], Tensor]],
+    n_items: int,
+    sequences: Mapping[str, np.ndarray],
+    k: int,
+    filter_seen: bool,
+) -> dict[str, np.ndarray]:
+    """Rank all items for all held-out users by scores that are no product of embeddings.
+
+    Args:
+        score: Maps a block of users, on the CPU, to what gives the scores of some of them, as
+            ``rank_scores`` asks for them.
+        n_items: Number of items that are scored.
+        sequences: As for ``rank_all``, whose result this is.
+        k: Length of the lists of top items.
+        filter_seen: Whether to leave the items of a user's history out.
+
+    Raises:
+        ValueError: As for ``rank_all``.
+    """
+    cpu = torch.device("cpu")
+
+    def rank(block: UserBlock) -> Ranking:
+        size = len(block.targets), n_items
+        return rank_scores(score(block), size, cpu, block.targets, block.seen, k)
+
+    return _rank_blocks(rank, n_items, cpu, sequences, filter_seen)
+
+
+def _rank_blocks(
+    rank: Callable[[UserBlock], Ranking],
+    n_items: int,
+    device: torch.device,
+    sequences: Mapping[str, np.ndarray],
+    filter_seen: bool,
+) -> dict[str, np.ndarray]:
+    if n_items != (expected := int(sequences["n_items"][0])):
         raise ValueError(
-            f"the sequences are of {n_items} items, but {len(item_embeddings)} have an embedding; "
+            f"the sequences are of {expected} items, but {n_items} have an embedding; "
             "train and evaluate on the same data"
         )
-    blocks = UserBlocks(sequences, filter_seen).to(item_embeddings.device)
+    blocks = UserBlocks(sequences, filter_seen).to(device)
     rankings = []
     for block in track(blocks, description="Ranking"):
-        ranking = rank_block(encode(block), item_embeddings, block.targets, block.seen, k)
-        rankings.append(ranking.cpu())  # the lists of all users may be too long for the device
+        rankings.append(rank(block).cpu())  # all users' lists may be too long for the device
     ranking = join_rankings(rankings)
     return {
         "users": sequences["users"],

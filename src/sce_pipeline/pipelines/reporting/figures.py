@@ -27,7 +27,7 @@ PART_COLOURS = {
 _GRID = "rgba(128, 128, 128, 0.25)"  # visible on light pages and on the dark one of Kedro-Viz
 
 
-def _finish(figure: go.Figure, title: str, **layout: Any) -> go.Figure:
+def finish(figure: go.Figure, title: str, **layout: Any) -> go.Figure:
     """Give a figure its title and the look that all figures share."""
     figure.update_layout(
         title=title,
@@ -56,7 +56,7 @@ def plot_training_curve(history: Mapping[str, Any]) -> go.Figure:
     figure.update_xaxes(title_text="Epoch", row=2, col=1)
     loss = history["parameters"]["loss"]["name"]
     title = f"Training with {loss}: best weights after epoch {best} of {len(epochs)}"
-    return _finish(figure, title, showlegend=False)
+    return finish(figure, title, showlegend=False)
 
 
 def plot_training_time(history: Mapping[str, Any]) -> go.Figure:
@@ -75,7 +75,7 @@ def plot_training_time(history: Mapping[str, Any]) -> go.Figure:
     rate = np.median([epoch["tokens_per_second"] for epoch in epochs])
     memory = max(epoch["memory_mb"] for epoch in epochs)
     title = f"Time of training with {loss}: {rate:,.0f} tokens a second, {memory:,} MB"
-    return _finish(figure, title, barmode="stack", bargap=0.1)
+    return finish(figure, title, barmode="stack", bargap=0.1)
 
 
 def plot_metrics(metrics: Mapping[str, Any]) -> go.Figure:
@@ -101,7 +101,7 @@ def plot_metrics(metrics: Mapping[str, Any]) -> go.Figure:
             )
             figure.add_trace(points, row=1 + place // 3, col=1 + place % 3)
     figure.update_yaxes(rangemode="tozero")
-    return _finish(figure, f"Test metrics at k over {metrics['model']['n_users']:,} users")
+    return finish(figure, f"Test metrics at k over {metrics['model']['n_users']:,} users")
 
 
 def plot_item_popularity(item_popularity: Mapping[str, np.ndarray]) -> go.Figure:
@@ -113,7 +113,7 @@ def plot_item_popularity(item_popularity: Mapping[str, np.ndarray]) -> go.Figure
     ranks = np.unique(np.geomspace(1, users.size, 1000).astype(int))
     line = go.Scatter(x=ranks, y=users[ranks - 1], mode="lines", line={"color": MODEL_COLOUR})
     figure = go.Figure(line).add_vline(x=head, line={"dash": "dot", "color": BASELINE_COLOUR})
-    return _finish(
+    return finish(
         figure,
         f"{head:,} of {users.size:,} items ({head / users.size:.0%}) hold half of the interactions",
         xaxis={"title": "Item, by popularity", "type": "log"},
@@ -132,7 +132,7 @@ def plot_history_lengths(data_summary: Mapping[str, Any]) -> go.Figure:
         offset=0,
         marker={"color": MODEL_COLOUR, "line": {"color": "white", "width": 1}},
     )
-    return _finish(
+    return finish(
         go.Figure(bars),
         f"History lengths of {sum(lengths['counts']):,} training users",
         xaxis={"title": "Training items of a user"},
