@@ -1,4 +1,4 @@
-"""The project's pipelines, found by folder; ``__default__`` runs all stages on one data set."""
+"""The project's pipelines, found by folder; ``__default__`` runs all stages once, so no sweep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from kedro.pipeline import Pipeline
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Name every pipeline under ``pipelines/`` and their sum, ``__default__``."""
+    """Name every pipeline under ``pipelines/`` and the sum of a run's stages, ``__default__``."""
     pipelines = find_pipelines(raise_errors=True)
-    pipelines["__default__"] = sum(pipelines.values(), start=Pipeline([]))
+    stages = [pipeline for name, pipeline in pipelines.items() if name != "sweep"]
+    pipelines["__default__"] = sum(stages, start=Pipeline([]))
     return pipelines

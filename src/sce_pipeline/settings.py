@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from sce_pipeline.hooks import CheckpointHooks, NodeCostHooks, ParameterHooks, ReportHooks
+from sce_pipeline.hooks import (
+    CheckpointHooks,
+    NodeCostHooks,
+    ParameterHooks,
+    ReportHooks,
+    SweepHooks,
+)
 from sce_pipeline.resolvers import choose, merge
+from sce_pipeline.tracking import TrackingHooks
 
-HOOKS = (ParameterHooks(), NodeCostHooks(), CheckpointHooks(), ReportHooks())
+HOOKS = (
+    ParameterHooks(),
+    SweepHooks(),
+    NodeCostHooks(),
+    CheckpointHooks(),
+    TrackingHooks(),
+    ReportHooks(),
+)
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
