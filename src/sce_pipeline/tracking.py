@@ -27,8 +27,8 @@ TRACKED = ("dataset", "loss", "model", "seed", "split", "data_processing", "trai
 
 FIGURES = ("training_curve_figure", "training_time_figure", "metrics_figure")
 
-BATCH = 100
-"""Parameters or metrics sent at once, the least that MLflow's servers allow."""
+MOST_PARAMETERS, MOST_METRICS = 100, 1000
+"""How many MLflow's servers take at once."""
 
 LONGEST = 500
 """Characters of a parameter's value that all of MLflow's stores take."""
@@ -108,10 +108,10 @@ class TrackingHooks:
         ]
         now = int(1000 * time.time())
         metrics = [Metric(name, value, now, step) for name, value, step in self._metrics()]
-        for first in range(0, len(parameters), BATCH):
-            client.log_batch(run.info.run_id, params=parameters[first : first + BATCH])
-        for first in range(0, len(metrics), BATCH):
-            client.log_batch(run.info.run_id, metrics=metrics[first : first + BATCH])
+        for some in _batches(parameters, MOST_PARAMETERS):
+            client.log_batch(run.info.run_id, params=some)
+        for some in _batches(metrics, MOST_METRICS):
+            client.log_batch(run.info.run_id, metrics=some)
         for name, text in self._artifacts():
             client.log_text(run.info.run_id, text, name)
         client.set_terminated(run.info.run_id, status="FINISHED")
@@ -147,6 +147,11 @@ class TrackingHooks:
 
 def _is_installed() -> bool:
     return importlib.util.find_spec("mlflow") is not None
+
+
+def _batches(entries: list[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(entries), size):
+        yield entries[first : first + size]
 
 
 def _name(name: str) -> str:

@@ -41,7 +41,7 @@ def build_search(sweep: Sweep, plan: Plan, records: Records) -> Search:
         ModuleNotFoundError: The sweep needs Optuna, which is not installed.
     """
     if isinstance(sweep, OptunaSweep):
-        _plan_all(_corners(sweep), plan)
+        _plan_all(corners(sweep), plan)
         return OptunaSearch(sweep, plan, records)
     return FixedSearch(_plan_all(expand(sweep), plan))
 
@@ -124,8 +124,10 @@ class OptunaSearch:
             study_name="sweep",
             direction="maximize",
             load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(seed=sweep.seed),
         )
+        # A sampler starts afresh in every call, and with one seed would propose the same again.
+        seed = (sweep.seed + len(self._study.trials)) % 2**32
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed)
         self._open: Any = None
         self._params: dict[str, Any] = {}  # of ended trials, as the study has them
 
@@ -201,7 +203,7 @@ def _distribution(distributions: Any, values: Interval | list[Any]) -> Any:
     return kind(values.low, values.high, log=values.log)
 
 
-def _corners(sweep: OptunaSweep) -> list[dict[str, Any]]:
+def corners(sweep: OptunaSweep) -> list[dict[str, Any]]:
     """Return combinations in which each end and each choice occurs, the others at their first."""
     ends = {
         name: values if isinstance(values, list) else [values.low, values.high]
