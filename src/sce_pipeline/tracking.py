@@ -49,7 +49,8 @@ class TrackingHooks:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Note down the parameters, before Kedro makes objects of them."""
-        self._parameters = context.config_loader["parameters"]
+        if _is_installed():
+            self._parameters = context.config_loader["parameters"]
         self._project = Path(context.project_path)
 
     @hook_impl
@@ -68,8 +69,10 @@ class TrackingHooks:
     def after_pipeline_run(self, run_params: dict[str, Any]) -> None:
         """Track the run; whatever goes wrong is a warning."""
         measured = {"training_history", "metrics"} & self._outputs.keys()
+        if not measured or not _is_installed():
+            return
         settings = MLflowParameters.model_validate(self._parameters["mlflow"])
-        if not measured or not settings.enabled or not _is_installed():
+        if not settings.enabled:
             return
         try:
             self._track(settings, run_params)

@@ -229,7 +229,9 @@ def test_the_named_sweeps_are_good(project, name):
     assert len(combinations) == numbers[name]
     some = combinations[::11] + combinations[-1:]  # a plan takes a tenth of a second
     trials = [planner.plan(values) for values in some]
-    assert all(trial.values["loss"] == values["loss"] for trial, values in zip(trials, some))
+    assert all(
+        trial.values["loss"] == values["loss"] for trial, values in zip(trials, some, strict=True)
+    )
 
 
 def run_script(tmp_path, monkeypatch, script):
@@ -253,6 +255,14 @@ def test_a_process_that_dies_without_a_word_is_a_failure(tmp_path, monkeypatch):
     assert not crashed["out_of_memory"]
     left = run_script(tmp_path, monkeypatch, "exit 3")
     assert left["error"] == "the process ended with code 3"
+
+
+@pytest.mark.parametrize("ended", ["kill -TERM $$", "kill -INT $$", "exit 143"])
+def test_a_trial_that_is_asked_to_end_ends_the_sweep_and_has_not_failed(
+    tmp_path, monkeypatch, ended
+):
+    with pytest.raises(KeyboardInterrupt):
+        run_script(tmp_path, monkeypatch, ended)
 
 
 def test_memory_that_does_not_suffice_is_recognised():

@@ -17,6 +17,11 @@ from sce_pipeline.sweeps.trials import FAILED, Trial
 LAST_LINES = 20
 """Lines of a trial's log that its record keeps, where the process left no word of its own."""
 
+ASKED_TO_END = {
+    code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)
+}
+"""Exit codes of a process that ended because somebody wanted it to."""
+
 
 def run_in_process(
     request: Mapping[str, Any], trial: Trial, pipelines: Sequence[str], folder: Path
@@ -31,6 +36,10 @@ def run_in_process(
         trial: What to run.
         pipelines: The pipelines of a run.
         folder: Where the log goes.
+
+    Raises:
+        KeyboardInterrupt: The trial was asked to end, as when a cluster takes the machine away. It
+            has not failed: the next call of the sweep goes on with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log, answer = folder / f"{trial.digest}.log", folder / f"{trial.digest}.outcome"
@@ -45,6 +54,7 @@ def run_in_process(
         log.open("wb") as output,
         subprocess.Popen(
             [sys.executable, "-m", "sce_pipeline.pipelines.sweep.trial"],
+            bufsize=0,  # or closing the pipe to a process that has died would fail again
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -55,10 +65,11 @@ def run_in_process(
         assert process.stdin is not None  # noqa: S101
         try:
             process.stdin.write(json.dumps(message).encode() + b"\n")
-            process.stdin.flush()
         except BrokenPipeError:
             pass  # it has died already, and its exit code says how
         code = process.wait()
+    if code in ASKED_TO_END:
+        raise KeyboardInterrupt(f"the trial was asked to end; its log is {log}")
     try:
         return json.loads(answer.read_text(encoding="utf8"))
     except FileNotFoundError:

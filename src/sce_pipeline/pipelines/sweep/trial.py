@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
 from kedro.io import AbstractDataset
@@ -27,12 +28,14 @@ def main() -> None:
     message = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     configure_project("sce_pipeline")
+    answer = Path(message["answer"])
     try:
-        outcome = run(message)
+        # The last trial of a sweep that was killed may still be saving its state.
+        with FileLock(answer.with_name("running")):
+            outcome = run(message)
     except Exception as error:
         outcome = describe_failure(error)
         traceback.print_exc()
-    answer = Path(message["answer"])
     writing = answer.with_suffix(".writing")
     writing.write_text(json.dumps(outcome), encoding="utf8")
     writing.replace(answer)
