@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,10 +64,8 @@ def run_in_process(
         ) as process,
     ):
         assert process.stdin is not None  # noqa: S101
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died, and its exit code says how
             process.stdin.write(json.dumps(message).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # it has died already, and its exit code says how
         code = process.wait()
     if code in ASKED_TO_END:
         raise KeyboardInterrupt(f"the trial was asked to end; its log is {log}")
