@@ -1,4 +1,4 @@
-"""Kedro hooks: a check of all parameters, costs of nodes, end of checkpoints, the report."""
+"""Kedro hooks: parameters, sweeps, costs of nodes, end of checkpoints, the report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kedro.config import AbstractConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import AbstractVersionedDataset, CatalogProtocol, Version
@@ -33,26 +34,61 @@ def _cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
+def check_parameters(
+    config_loader: AbstractConfigLoader, parameters: dict[str, Any]
+) -> RunParameters:
+    """Check all parameters of a run: presets, selection and groups.
+
+    Raises:
+        ValueError: A name is unknown or a value is out of range.
+    """
+    selectors = {"dataset", "loss", "seed"}
+    if unknown := set(config_loader["globals"]) - selectors:
+        raise ValueError(
+            f"globals.yml has {', '.join(sorted(unknown))}, but only dataset, loss and seed "
+            "are chosen there"
+        )
+    defaults = {f"_{group}" for group in GROUPS}
+    return RunParameters.model_validate(
+        {name: value for name, value in parameters.items() if name not in defaults}
+    )
+
+
 class ParameterHooks:
     """Refuse unknown names at the top of the parameters, where no node would ever look at them."""
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Check presets, selection and groups, before any node runs.
+        """Check all parameters before any node runs."""
+        check_parameters(context.config_loader, context.params)
 
-        Raises:
-            ValueError: A name is unknown or a value is out of range.
-        """
-        selectors = {"dataset", "loss", "seed"}
-        if unknown := set(context.config_loader["globals"]) - selectors:
-            raise ValueError(
-                f"globals.yml has {', '.join(sorted(unknown))}, but only dataset, loss and seed "
-                "are chosen there"
-            )
-        defaults = {f"_{group}" for group in GROUPS}
-        RunParameters.model_validate(
-            {name: value for name, value in context.params.items() if name not in defaults}
-        )
+
+class SweepHooks:
+    """Tell a sweep what its run was asked for, so that its trials are asked for the same."""
+
+    def __init__(self) -> None:
+        self._request: dict[str, Any] = {}
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Choose a sweep's data set, unless ``--params`` does, and note down the request."""
+        loader = context.config_loader
+        asked = dict(loader.runtime_params or {})
+        if "dataset" not in asked and (name := asked.get("sweep")) is not None:
+            sweep = loader["parameters"]["sweeps"].get(name) or {}
+            if dataset := sweep.get("dataset"):
+                loader.runtime_params = asked = {**asked, "dataset": dataset}
+        self._request = {
+            "project_path": str(context.project_path),
+            "conf_source": str(loader.conf_source),
+            "env": loader.env,
+            "runtime_params": asked,
+        }
+
+    @hook_impl
+    def after_catalog_created(self, catalog: CatalogProtocol) -> None:
+        """Hand over the request as a dataset."""
+        catalog["run_request"] = self._request
 
 
 class NodeCostHooks:

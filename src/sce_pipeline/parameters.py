@@ -15,6 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -480,11 +481,89 @@ class DatasetPreset(Parameters):
     synthetic: dict[str, Any] = {}
 
 
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+"""Values to try, in every combination, by the dotted names of parameters."""
+
+SweptPipeline = Literal["data_processing", "training", "evaluation", "reporting"]
+
+
+class _SweepParameters(Parameters):
+    """What all sweeps share: the data set, if not the run's, and the pipelines of a trial."""
+
+    dataset: str | None = None
+    pipelines: tuple[SweptPipeline, ...] = ("training", "evaluation")
+
+    @field_validator("pipelines")
+    @classmethod
+    def _check_pipelines(cls, pipelines: tuple[str, ...]) -> tuple[str, ...]:
+        if "training" not in pipelines:
+            raise ValueError("a trial is judged by its validation: pipelines must have training")
+        return pipelines
+
+
+class GridSweep(_SweepParameters):
+    """All combinations of a grid, or of each of several grids."""
+
+    search: Literal["grid"]
+    grid: Grid | Annotated[list[Grid], Field(min_length=1)]
+
+
+class RandomSweep(_SweepParameters):
+    """``n_trials`` combinations of a grid, or of several, drawn without replacement."""
+
+    search: Literal["random"]
+    grid: Grid | Annotated[list[Grid], Field(min_length=1)]
+    n_trials: PositiveInt
+    seed: Seed
+
+
+class Interval(Parameters):
+    """Numbers from ``low`` to ``high``, whole if both are; ``log`` draws their logarithms."""
+
+    low: int | float
+    high: int | float
+    log: bool
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Interval:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log needs a low above 0, got {self.low}")
+        return self
+
+
+class OptunaSweep(_SweepParameters):
+    """``n_trials`` combinations that Optuna proposes for the best validation NDCG@10."""
+
+    search: Literal["optuna"]
+    distributions: dict[str, Interval | Annotated[list[Any], Field(min_length=1)]]
+    n_trials: PositiveInt
+    seed: Seed
+
+
+Sweep = Annotated[GridSweep | RandomSweep | OptunaSweep, Field(discriminator="search")]
+
+
+class SweepOptions(Parameters):
+    """How a sweep goes on: with ``retry_failed`` what failed is tried again."""
+
+    retry_failed: bool
+
+
+class MLflowParameters(Parameters):
+    """Where runs are tracked, if MLflow is installed."""
+
+    enabled: bool
+    uri: str
+    experiment: str
+
+
 class RunParameters(Parameters):
     """All parameters of a run, so that nothing given at the top is ignored.
 
-    ``dataset`` is the name of a folder. What begins with an underscore are the defaults of a group,
-    in force only through the group.
+    ``dataset`` is the name of a folder, ``trial`` the digest of a sweep's trial where a run is one.
+    What begins with an underscore are the defaults of a group, in force only through the group.
     """
 
     dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -503,6 +582,19 @@ class RunParameters(Parameters):
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]
     split_presets: dict[str, Any]
+    sweep: str | None
+    sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sweep]
+    sweep_options: SweepOptions
+    trial: str | None
+    mlflow: MLflowParameters
+
+    @field_validator("sweeps")
+    @classmethod
+    def _check_sweep(cls, sweeps: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        chosen = info.data.get("sweep")
+        if chosen is not None and chosen not in sweeps:
+            raise ValueError(f"there is no sweep {chosen!r}; choose one of {', '.join(sweeps)}")
+        return sweeps
 
     @model_validator(mode="after")
     def _check_selection(self) -> RunParameters:

@@ -1,11 +1,11 @@
-"""The project's pipelines, found by folder; ``__default__`` runs all stages on one data set."""
+"""The project's pipelines, found by folder; ``__default__`` runs all stages once, so no sweep."""
 
 from __future__ import annotations
 
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-ON_REQUEST = frozenset({"baselines", "comparison", "synthetic"})
+ON_REQUEST = frozenset({"baselines", "comparison", "sweep", "synthetic"})
 """Pipelines that are no stage of a run."""
 
 

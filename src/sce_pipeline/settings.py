@@ -7,11 +7,21 @@ from sce_pipeline.hooks import (
     NodeCostHooks,
     ParameterHooks,
     ReportHooks,
+    SweepHooks,
     VersionHooks,
 )
 from sce_pipeline.resolvers import choose, merge
+from sce_pipeline.tracking import TrackingHooks
 
-HOOKS = (ParameterHooks(), VersionHooks(), NodeCostHooks(), CheckpointHooks(), ReportHooks())
+HOOKS = (
+    ParameterHooks(),
+    SweepHooks(),
+    VersionHooks(),
+    NodeCostHooks(),
+    CheckpointHooks(),
+    TrackingHooks(),
+    ReportHooks(),
+)
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

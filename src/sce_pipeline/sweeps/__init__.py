@@ -1,0 +1,1 @@
+"""Sweeps: which trials there are, what became of them, and which come next."""
