@@ -66,7 +66,7 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Go through nested values by their full names, as ``name.of.a.value``."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -18,7 +18,7 @@ from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 
 from sce_pipeline.parameters import MLflowParameters
-from sce_pipeline.sweeps.values import flatten
+from sce_pipeline.provenance import flatten
 
 logger = logging.getLogger(__name__)
 

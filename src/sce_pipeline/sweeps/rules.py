@@ -45,9 +45,9 @@ def measure_sizes(
 class _SCERule(Parameters):
     """Sizes of SCE's buckets by the paper (arXiv 2409.18721).
 
-    The paper takes as many buckets as each has tokens, ``alpha``·√(interactions in the batch), and
-    finds ``alpha`` = 2 best. Here ``beta`` is the number of buckets for each token of one, 1 in the
-    paper's choice; the product of both sizes does not depend on it.
+    The paper takes as many buckets as each has tokens, ``alpha``·√(interactions in the batch) with
+    ``alpha`` = 2. Here ``beta`` is the number of buckets for each token of one, 1 in the paper; the
+    product of both sizes does not depend on it.
     """
 
     alpha: PositiveFloat

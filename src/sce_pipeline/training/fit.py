@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,21 @@ ITEM_TABLE = "item_embedding.weight"
 """Name of the item table among a backbone's weights."""
 
 Sequences = Mapping[str, np.ndarray]
+
+
+class Task(NamedTuple):
+    """What is to be trained; see ``fit``.
+
+    Attributes:
+        identity: What a state in the folder must have in common with this run.
+    """
+
+    train_sequences: Sequences
+    validation_sequences: Sequences
+    folder: Path
+    identity: Mapping[str, Any]
+    parameters: TrainingParameters
+    filter_seen: bool
 
 
 def fit(
@@ -78,25 +93,19 @@ def fit(
         "train_sequences": fingerprint(train_sequences),
         "validation_sequences": fingerprint(validation_sequences),
     }
-    arguments = (
-        train_sequences,
-        validation_sequences,
-        checkpoints,
-        identity,
-        parameters,
-        filter_seen,
+    task = Task(
+        train_sequences, validation_sequences, checkpoints, identity, parameters, filter_seen
     )
     with locked(checkpoints):
         if parameters.devices == 1:
-            return train(alone(device), *arguments)
-        launch(parameters.devices, device, train, *arguments)
-        return _collect(checkpoints, identity, parameters)
+            return train(alone(device), task)
+        launch(parameters.devices, device, train, task)
+        return _collect(task)
 
 
-def _collect(
-    folder: Path, identity: Mapping[str, Any], parameters: TrainingParameters
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _collect(task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what processes have left that have trained to the end."""
+    folder, identity, parameters = task.folder, task.identity, task.parameters
     n_files = parameters.devices if parameters.item_table == "sharded" else 1
     states = [Checkpoints(folder, identity, rank).load() for rank in range(n_files)]
     found = [state for state in states if state is not None]
@@ -110,22 +119,14 @@ def _collect(
     return {**weights, ITEM_TABLE: torch.cat(shards)}, record
 
 
-def train(
-    ranks: Ranks,
-    train_sequences: Sequences,
-    validation_sequences: Sequences,
-    folder: Path,
-    identity: Mapping[str, Any],
-    parameters: TrainingParameters,
-    filter_seen: bool,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train as one of ``ranks``; the other arguments and the result are those of ``fit``."""
-    arguments = train_sequences, validation_sequences, folder, identity, parameters, filter_seen
+def train(ranks: Ranks, task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train as one of ``ranks``; the result is that of ``fit``."""
+    folder, parameters = task.folder, task.parameters
     # Should the process that launched the ranks be killed, its lock goes before they do.
     writer = ranks.world > 1 and ranks.is_first
     try:
         with locked(folder / "ranks") if writer else nullcontext():
-            run = _Run(ranks, *arguments)
+            run = _Run(ranks, task)
             run.train()
     except NotFiniteError as error:
         raise NotFiniteError(f"{error}; the last good state is in {folder}") from error
@@ -137,16 +138,8 @@ def train(
 class _Run:
     """What one process holds while it trains."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        train_sequences: Sequences,
-        validation_sequences: Sequences,
-        folder: Path,
-        identity: Mapping[str, Any],
-        parameters: TrainingParameters,
-        filter_seen: bool,
-    ) -> None:
+    def __init__(self, ranks: Ranks, task: Task) -> None:
+        train_sequences, parameters = task.train_sequences, task.parameters
         self.ranks = ranks
         self.parameters = parameters
         torch.manual_seed(parameters.seed)  # the same weights on all ranks
@@ -188,8 +181,10 @@ class _Run:
             ranks,
             half=half,
         )
-        self.validation = Validation(model, validation_sequences, filter_seen, table, ranks)
-        self.checkpoints = Checkpoints(folder, identity, ranks.rank, ranks.agree)
+        self.validation = Validation(
+            model, task.validation_sequences, task.filter_seen, table, ranks
+        )
+        self.checkpoints = Checkpoints(task.folder, task.identity, ranks.rank, ranks.agree)
         self.history = History()
         self.best_weights: dict[str, Tensor] = {}
         self.facts = {
