@@ -35,7 +35,7 @@ def measure_best(
 
     Every item of the world is ranked, also those that the log happens not to have and no model can
     recommend, and under ``temporal`` every last item is a target, also one unseen in training. So
-    with few interactions an item the figures are estimates, a little too low. With seen items
+    with few interactions an item the figures are estimates. With seen items
     filtered, a repeated target counts as a miss, as in evaluation; in a log without repeats a
     history's items cannot follow it, so that the best ranking leaves them out in any case.
 
