@@ -329,8 +329,6 @@ class TrainingParameters(Parameters):
                 "item_table: sharded needs the loss cce, which alone is computed over shards; "
                 f"got loss {self.loss.name}"
             )
-        if self.item_table == "sharded" and isinstance(self.model, BERT4RecParameters):
-            raise ValueError("item_table: sharded trains models of the next item, not bert4rec")
         if self.item_table == "sharded" and self.devices == 1:
             raise ValueError("item_table: sharded needs devices of at least 2, got 1")
         return self

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sce_pipeline.training.batches import TrainingBatches
@@ -96,11 +96,11 @@ def test_ranks_and_parts_share_every_step_out(histories, batch_size, n_ranks, ac
         parts = [part for step in zip(*parts_of_ranks, strict=True) for part in step]
         assert len(parts) == n_parts
         assert all(part.windows.numel() > 0 for part in parts)
-        assert {part.step_tokens for part in parts} == {sum(part.n_tokens for part in parts)}
+        assert {part.step_tokens for part in parts} == {sum(part.n_inputs for part in parts)}
         for number in range(accumulation_steps):
             alike = parts[number * n_ranks : (number + 1) * n_ranks]
             for part in alike:
-                assert part.counts == [other.n_tokens for other in alike]
+                assert part.counts == part.inputs == [other.n_inputs for other in alike]
         for step in parts_of_ranks:
             assert [part.ends_step for part in step] == [False] * (accumulation_steps - 1) + [True]
         together = torch.cat([part.windows for part in parts])
@@ -114,9 +114,9 @@ def test_a_step_holds_no_more_tokens_than_it_may(histories, batch_tokens):
     batches = make_batches(histories, batch_tokens=batch_tokens)
     steps = batches.steps(1)
     for (part,) in steps:
-        assert part.n_tokens <= batch_tokens or part.windows.numel() == 1
+        assert part.n_inputs <= batch_tokens or part.windows.numel() == 1
     for (first,), (second,) in pairwise(steps):  # and none that would have fitted another window
-        assert first.n_tokens + int(batches.lengths[second.windows[0]]) > batch_tokens
+        assert first.n_inputs + int(batches.lengths[second.windows[0]]) > batch_tokens
 
 
 @given(histories_strategy, st.integers(1, 3))
@@ -137,20 +137,46 @@ def test_masked_tokens_are_predicted_from_the_rest_of_their_window(histories, ba
     assert sorted(found) == sorted(expected)
 
 
-def test_what_is_drawn_for_a_part_follows_from_seed_epoch_and_part():
-    def draw(lengths, generator):
-        return torch.rand(int(lengths.sum()), generator=generator) < 0.5
+def half(lengths, generator):
+    return torch.rand(int(lengths.sum()), generator=generator) < 0.5
 
+
+def test_masks_follow_from_seed_and_epoch():
     histories = [[1, 2, 3, 4, 5]] * 40
 
     def masks(seed, epoch, first):
-        batches = make_batches(histories, seed=seed, draw_mask=draw)
+        batches = make_batches(histories, seed=seed, draw_mask=half)
         parts = [part for step in batches.steps(epoch) for part in step]
         return [batch.masked.tolist() for batch in batches.batches(parts[first:])]
 
     assert masks(1, 1, 0)[4:] == masks(1, 1, 4)
     assert masks(1, 1, 0) != masks(1, 2, 0)
     assert masks(1, 1, 0) != masks(2, 1, 0)
+
+
+@given(histories_strategy, st.integers(1, 3), st.integers(1, 2))
+def test_parts_of_a_step_mask_what_the_whole_step_masks(histories, n_ranks, accumulation_steps):
+    n_parts = n_ranks * accumulation_steps
+    n_windows = sum(len(history) > 1 for history in histories)
+    assume(n_windows >= n_parts)
+    options = {"draw_mask": half, "batch_size": max(4, n_parts)}
+    whole = [part.mask for (part,) in make_batches(histories, **options).steps(1)]
+    shared = [
+        make_batches(
+            histories, rank=rank, n_ranks=n_ranks, accumulation_steps=accumulation_steps, **options
+        ).steps(1)
+        for rank in range(n_ranks)
+    ]
+    masks = []
+    for of_ranks in zip(*shared, strict=True):
+        parts = [part for parts in zip(*of_ranks, strict=True) for part in parts]
+        masks += [part.mask for part in parts]
+        assert {part.step_tokens for part in parts} == {sum(int(p.mask.sum()) for p in parts)}
+        for rank, own in enumerate(of_ranks):
+            for part in own:
+                assert part.counts[rank] == int(part.mask.sum())
+                assert part.inputs[rank] == part.mask.numel()
+    assert torch.equal(torch.cat(masks), torch.cat(whole))
 
 
 @settings(deadline=None)

@@ -27,6 +27,16 @@ from sce_pipeline.models import SASRec, load_model
 from sce_pipeline.training import progress
 from sce_pipeline.training.trainer import Trainer
 
+MASKED = {
+    "name": "bert4rec",
+    "hidden_size": 16,
+    "n_blocks": 1,
+    "n_heads": 2,
+    "dropout": 0.0,
+    "mask_probability": 0.2,
+    "last_mask_probability": 0.5,
+}
+
 
 @pytest.mark.parametrize("loss", PARAMETERS_OF_LOSSES, ids=lambda loss: loss["name"])
 def test_every_loss_learns_and_repeats_bit_for_bit(tmp_path, loss):
@@ -49,15 +59,7 @@ def test_every_loss_learns_and_repeats_bit_for_bit(tmp_path, loss):
     "model",
     [
         {"name": "gru4rec", "hidden_size": 16, "n_layers": 1, "dropout": 0.0},
-        {
-            "name": "bert4rec",
-            "hidden_size": 16,
-            "n_blocks": 1,
-            "n_heads": 2,
-            "dropout": 0.0,
-            "mask_probability": 0.2,
-            "last_mask_probability": 0.5,
-        },
+        MASKED,
     ],
     ids=lambda model: model["name"],
 )
@@ -158,15 +160,12 @@ def assert_same_but_for_rounding(first, second):
             assert other[key] == pytest.approx(epoch[key], rel=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_a_step_in_parts_is_the_same_step(tmp_path, parts):
-    whole, history = train(tmp_path / "whole", {"name": "ce"}, max_epochs=2, model=NO_DROPOUT)
+@pytest.mark.parametrize(("parts", "model"), [(2, NO_DROPOUT), (3, NO_DROPOUT), (2, MASKED)])
+def test_a_step_in_parts_is_the_same_step(tmp_path, parts, model):
+    options = {"max_epochs": 2, "model": model}
+    whole, history = train(tmp_path / "whole", {"name": "ce"}, **options)
     weights, in_parts = train(
-        tmp_path / "parts",
-        {"name": "ce"},
-        max_epochs=2,
-        model=NO_DROPOUT,
-        accumulation_steps=parts,
+        tmp_path / "parts", {"name": "ce"}, **options, accumulation_steps=parts
     )
     assert_same_but_for_rounding((whole, history), (weights, in_parts))
 

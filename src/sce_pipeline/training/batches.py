@@ -34,7 +34,7 @@ class TrainingBatch:
         histories: The items of each window's user, where the loss asks for them.
         counts: Tokens of each rank's part.
         slot_counts: Slots of each rank's part.
-        step_tokens: Tokens of the whole optimisation step.
+        step_tokens: Tokens of the whole optimisation step, those to be predicted.
         ends_step: Whether an optimisation step follows.
     """
 
@@ -74,19 +74,22 @@ class Part:
 
     Attributes:
         windows: Numbers of the windows, int64 [windows].
-        counts: Tokens of each rank's part, this one's among them.
-        n_tokens: Tokens of this part.
-        step_tokens: Tokens of the whole step.
+        inputs: Inputs of each rank's part, this one's among them.
+        counts: Tokens to predict of each rank's part.
+        n_inputs: Inputs of this part.
+        step_tokens: Tokens to predict in the whole step.
         ends_step: Whether an optimisation step follows.
-        seed: Numbers that seed what is drawn at random for this part.
+        mask: Which inputs are masked, and to be predicted, bool [n_inputs]; None predicts what
+            follows each.
     """
 
     windows: Tensor
+    inputs: list[int]
     counts: list[int]
-    n_tokens: int
+    n_inputs: int
     step_tokens: int
     ends_step: bool
-    seed: tuple[int, ...]
+    mask: Tensor | None
 
 
 class TrainingBatches:
@@ -189,12 +192,13 @@ class TrainingBatches:
         """
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         order = torch.randperm(self.n_windows, generator=generator)
-        lengths = self.lengths[order].numpy()
-        ends = np.concatenate([[0], lengths.cumsum()])
-        bounds = np.cumsum([0, *self._step_sizes(lengths)])
+        lengths = self.lengths[order]
+        mask = None if self.draw_mask is None else self.draw_mask(lengths, generator)
+        ends = np.concatenate([[0], lengths.numpy().cumsum()])
+        bounds = np.cumsum([0, *self._step_sizes(lengths.numpy())])
         return [
-            self._parts(order, ends, int(first), int(last), (self.seed, epoch, step))
-            for step, (first, last) in enumerate(pairwise(bounds))
+            self._parts(order, ends, mask, int(first), int(last))
+            for first, last in pairwise(bounds)
         ]
 
     def _step_sizes(self, lengths: np.ndarray) -> list[int]:
@@ -209,30 +213,35 @@ class TrainingBatches:
         return sizes
 
     def _parts(
-        self, order: Tensor, ends: np.ndarray, first: int, last: int, seed: tuple[int, ...]
+        self, order: Tensor, ends: np.ndarray, mask: Tensor | None, first: int, last: int
     ) -> list[Part]:
         """Cut the windows ``first`` to ``last`` of a step evenly; return this rank's parts.
 
         Args:
             order: All windows of the epoch.
-            ends: Tokens before each of them, and in all.
+            ends: Inputs before each of them, and in all.
+            mask: Which of the inputs are masked.
             first: Where the step starts.
             last: Where it ends.
-            seed: Numbers of the step.
         """
         cuts = [first + (last - first) * part // self.n_parts for part in range(self.n_parts + 1)]
-        tokens = np.diff(ends[cuts]).tolist()
+        places = ends[cuts].tolist()
+        inputs = counts = [stop - start for start, stop in pairwise(places)]
+        if mask is not None:
+            counts = [int(mask[start:stop].sum()) for start, stop in pairwise(places)]
         parts = []
         for number in range(self.accumulation_steps):
             mine = number * self.n_ranks + self.rank
+            ranks = slice(number * self.n_ranks, (number + 1) * self.n_ranks)
             parts.append(
                 Part(
                     order[cuts[mine] : cuts[mine + 1]],
-                    counts=tokens[number * self.n_ranks :][: self.n_ranks],
-                    n_tokens=tokens[mine],
-                    step_tokens=sum(tokens),
+                    inputs=inputs[ranks],
+                    counts=counts[ranks],
+                    n_inputs=inputs[mine],
+                    step_tokens=sum(counts),
                     ends_step=number == self.accumulation_steps - 1,
-                    seed=(*seed, self.rank, number),
+                    mask=None if mask is None else mask[places[mine] : places[mine + 1]],
                 )
             )
         return parts
@@ -241,7 +250,7 @@ class TrainingBatches:
         """Gather ``parts``, many at a time, and yield a batch for each."""
         group: list[Part] = []
         for part in parts:
-            if group and sum(p.n_tokens for p in group) + part.n_tokens > TOKENS_AT_ONCE:
+            if group and sum(p.n_inputs for p in group) + part.n_inputs > TOKENS_AT_ONCE:
                 yield from self._gather(group)
                 group = []
             group.append(part)
@@ -281,12 +290,10 @@ class TrainingBatches:
         histories: Histories | None,
     ) -> TrainingBatch:
         masked = predicted = None
-        tokens: slice | Tensor = slice(part.n_tokens)
-        if self.draw_mask is not None:
-            generator = torch.Generator().manual_seed(_mix(*part.seed))
-            drawn = self.draw_mask(packing.on_host[: part.windows.numel()], generator)
-            predicted = tokens = send(drawn.nonzero()[:, 0], self.device)
-            masked = send(F.pad(drawn, (0, items.numel() - drawn.numel())), self.device)
+        tokens: slice | Tensor = slice(part.n_inputs)
+        if part.mask is not None:
+            predicted = tokens = send(part.mask.nonzero()[:, 0], self.device)
+            masked = send(F.pad(part.mask, (0, items.numel() - part.n_inputs)), self.device)
         return TrainingBatch(
             items=items,
             packing=packing,
@@ -296,9 +303,7 @@ class TrainingBatches:
             predicted=predicted,
             histories=histories,
             counts=part.counts,
-            slot_counts=part.counts
-            if self.round_up is None
-            else [*map(self.round_up, part.counts)],
+            slot_counts=[*map(self.round_up, part.inputs)] if self.round_up else part.inputs,
             step_tokens=part.step_tokens,
             ends_step=part.ends_step,
         )
@@ -310,7 +315,7 @@ class TrainingBatches:
         """
         if self.round_up is None:
             return torch.empty(0, dtype=torch.int64)
-        full, rest = divmod(self.round_up(part.n_tokens) - part.n_tokens, self.filling)
+        full, rest = divmod(self.round_up(part.n_inputs) - part.n_inputs, self.filling)
         lengths = torch.tensor([self.filling] * full + [rest])
         n_windows = part.windows.numel()
         n_fillings = self.round_up(n_windows + len(lengths)) - n_windows

@@ -275,7 +275,7 @@ class _Run:
                 "gradient_norm": float(norms.mean()),
                 "training_seconds": trained - started,
                 "validation_seconds": validated - trained,
-                "tokens_per_second": epoch.tokens_taken / (trained - started),
+                "tokens_per_second": epoch.inputs_taken / (trained - started),
                 "seconds_by_part": {
                     **epoch.clock.seconds(),
                     "validation": validated - trained,

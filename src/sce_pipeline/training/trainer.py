@@ -199,13 +199,14 @@ class Epoch:
         return found
 
     @property
-    def tokens_taken(self) -> float:
-        """Tokens of the steps that were taken here, rather than before the epoch was cut off."""
-        return float(self.step_tokens[self._first :].sum())
+    def inputs_taken(self) -> int:
+        """Inputs of the steps that were taken here, rather than before the epoch was cut off."""
+        steps = self._steps[self._first : self.done]
+        return sum(sum(part.inputs) for step in steps for part in step)
 
     @property
     def step_tokens(self) -> Tensor:
-        """Tokens of the steps done, of all ranks, float64 [steps]."""
+        """Tokens predicted in the steps done, of all ranks, float64 [steps]."""
         parts = (step[0] for step in self._steps[: self.done])
         return torch.tensor([part.step_tokens for part in parts], dtype=torch.float64)
 
