@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from sce_pipeline.losses import LOSSES
 from sce_pipeline.losses.cce_minus import CCEMinus
 from sce_pipeline.models import SASRec, load_model
 from sce_pipeline.training import progress
+from sce_pipeline.training.ranks import Ranks
 from sce_pipeline.training.trainer import Trainer
 
 MASKED = {
@@ -236,6 +238,18 @@ def test_output_that_goes_to_a_file_has_lines_and_no_bar(tmp_path, monkeypatch, 
     with caplog.at_level(logging.INFO, logger="sce_pipeline"):
         train(tmp_path, {"name": "ce"}, max_epochs=1)
     assert "epoch 1  step 13 of 13  loss" in caplog.text
+
+
+def test_of_several_ranks_the_firsts_part_of_the_loss_stands_for_all(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "SECONDS_IN_LOG", 0.0)
+    measured = torch.tensor([[1.5, 0.1], [np.nan, np.nan]])
+    epoch = SimpleNamespace(number=1, n_steps=2, done=0, measured=measured)
+    with progress.Progress(Ranks(0, 2, torch.device("cpu"))) as shown:
+        shown.start(epoch, n_tokens=10)
+        epoch.done = 1
+        with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+            shown.show(epoch)
+    assert "step 1 of 2  loss 3.0000" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ class _Run:
         limits = self.parameters.max_epochs, self.parameters.patience
         with (
             interruptions(insistent=self.ranks.world == 1) as interruption,
-            Progress(self.ranks.device, self.ranks.is_first) as bar,
+            Progress(self.ranks) as bar,
         ):
             while not self.history.is_over(*limits):
                 epoch = self.trainer.epoch(len(self.history.epochs) + 1, measured)

@@ -11,6 +11,7 @@ import torch
 from rich import get_console, progress
 from torch import Tensor
 
+from sce_pipeline.training.ranks import Ranks
 from sce_pipeline.training.trainer import Epoch
 
 logger = logging.getLogger(__name__)
@@ -23,14 +24,15 @@ class Progress:
     """Shows the steps of an epoch with loss, speed, time left and memory.
 
     Args:
-        device: Where training goes on.
-        enabled: Whether to show anything; of several processes one does.
+        ranks: The processes that train together; the first shows, and takes its part of the loss
+            for all of theirs.
     """
 
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self._device = device
-        self._enabled = enabled
-        self._in_terminal = enabled and get_console().is_terminal
+    def __init__(self, ranks: Ranks) -> None:
+        self._device = ranks.device
+        self._world = ranks.world
+        self._enabled = ranks.is_first
+        self._in_terminal = self._enabled and get_console().is_terminal
         self._interval = SECONDS_IN_TERMINAL if self._in_terminal else SECONDS_IN_LOG
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
@@ -97,7 +99,7 @@ class Progress:
             self._reading = value, event
         value, event = self._reading
         if event is None or event.query():
-            self._loss = float(value)
+            self._loss = float(value) * self._world
             self._reading = None
 
 
