@@ -9,6 +9,21 @@ from sce_pipeline.parameters import DataProcessingParameters, TrainingParameters
 ROOT = Path(__file__).parents[1]
 
 
+SMALL_RUN = {
+    "dataset": "walk",
+    "split": "leave_one_out",
+    "data_processing": {"max_length": 8, "filters": {"min_items_per_user": 2}},
+    "training": {
+        "model": {"hidden_size": 8, "n_blocks": 1},
+        "batch_size": 32,
+        "max_epochs": 2,
+        "accelerator": "cpu",
+    },
+    "evaluation": {"accelerator": "cpu", "n_bootstrap": 5},
+}
+"""Parameters of a run on a log called walk, as short as can be."""
+
+
 def make_data_processing(**changes):
     values = {
         "columns": {"user": "userid", "item": "itemid", "timestamp": "timestamp"},

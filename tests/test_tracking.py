@@ -6,22 +6,8 @@ import types
 
 import pytest
 
-from helpers import make_log
+from helpers import SMALL_RUN, make_log
 from sce_pipeline.tracking import TrackingHooks
-
-SMALL = {
-    "dataset": "walk",
-    "loss": "ce",
-    "split": "leave_one_out",
-    "data_processing": {"max_length": 8, "filters": {"min_items_per_user": 2}},
-    "training": {
-        "model": {"hidden_size": 8, "n_blocks": 1},
-        "batch_size": 32,
-        "max_epochs": 2,
-        "accelerator": "cpu",
-    },
-    "evaluation": {"accelerator": "cpu", "n_bootstrap": 5},
-}
 
 
 class FakeClient:
@@ -80,7 +66,7 @@ def log(project):
 
 
 def test_a_run_is_tracked_whole(project, log, fake):
-    project.run(**SMALL)
+    project.run(loss="ce", **SMALL_RUN)
     (client,) = fake.made
     assert client.uri == f"sqlite:///{project.folder}/data/mlflow.db"
     assert client.experiment == "walk"
@@ -108,27 +94,27 @@ def test_a_run_is_tracked_whole(project, log, fake):
 
 def test_tracking_that_fails_is_a_warning(project, log, fake, caplog):
     fake.failure = ConnectionError("nobody there")
-    project.run(**SMALL)
+    project.run(loss="ce", **SMALL_RUN)
     assert "the run is not in MLflow: ConnectionError: nobody there" in caplog.text
     assert project.versions("08_reporting", "walk", "ce", "report.txt")
 
 
 def test_nothing_is_tracked_where_it_is_switched_off_or_nothing_was_measured(project, log, fake):
-    project.run(pipelines=["data_processing"], **SMALL)
-    project.run(pipelines=["training"], mlflow={"enabled": False}, **SMALL)
+    project.run(pipelines=["data_processing"], loss="ce", **SMALL_RUN)
+    project.run(pipelines=["training"], mlflow={"enabled": False}, loss="ce", **SMALL_RUN)
     assert not fake.made
 
 
 def test_without_mlflow_nothing_is_tracked_or_said(project, log, monkeypatch, caplog):
     monkeypatch.setattr("sce_pipeline.tracking._is_installed", lambda: False)
     monkeypatch.setattr(TrackingHooks, "_track", lambda *_: pytest.fail("it was tracked"))
-    project.run(pipelines=["data_processing", "training"], **SMALL)
+    project.run(pipelines=["data_processing", "training"], loss="ce", **SMALL_RUN)
     assert "MLflow" not in caplog.text
 
 
 def test_mlflow_itself_takes_a_run(project, log):
     mlflow = pytest.importorskip("mlflow", reason="MLflow is an optional extra")
-    project.run(**SMALL)
+    project.run(loss="ce", **SMALL_RUN)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{project.folder}/data/mlflow.db")
     experiment = client.get_experiment_by_name("walk")
     (run,) = client.search_runs([experiment.experiment_id])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import ROOT, make_log
+from helpers import ROOT, SMALL_RUN, make_log
 from sce_pipeline.pipeline_registry import register_pipelines
 from sce_pipeline.pipelines.sweep import nodes, process
 from sce_pipeline.pipelines.sweep.nodes import choose_sweep, tabulate
@@ -23,19 +23,6 @@ from sce_pipeline.sweeps.rules import DataSizes
 from sce_pipeline.sweeps.search import corners, expand
 from sce_pipeline.sweeps.trials import Trial
 
-SMALL = {
-    "dataset": "walk",
-    "split": "leave_one_out",
-    "data_processing": {"max_length": 8, "filters": {"min_items_per_user": 2}},
-    "training": {
-        "model": {"hidden_size": 8, "n_blocks": 1},
-        "batch_size": 32,
-        "max_epochs": 2,
-        "accelerator": "cpu",
-    },
-    "evaluation": {"accelerator": "cpu", "n_bootstrap": 5},
-}
-
 
 def write_sweep(project, **sweep):
     text = yaml.safe_dump({"sweeps": {"tiny": {"search": "grid", **sweep}}})
@@ -43,7 +30,7 @@ def write_sweep(project, **sweep):
 
 
 def sweep(project, *before, **parameters):
-    return project.run(pipelines=[*before, "sweep"], **{**SMALL, "sweep": "tiny", **parameters})
+    return project.run(pipelines=[*before, "sweep"], **{**SMALL_RUN, "sweep": "tiny", **parameters})
 
 
 def folder_of(project):
@@ -98,7 +85,7 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_left_and_over_failures(
 ):
     project.write_log("walk", make_log(n_users=40, n_items=12, length=8))
     write_sweep(project, grid={"loss": ["ce"], "training.learning_rate": [0.01, 1e30]})
-    parameters = {**SMALL, "sweep": "tiny"}
+    parameters = {**SMALL_RUN, "sweep": "tiny"}
     code = f"""
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
