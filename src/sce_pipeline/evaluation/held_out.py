@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,12 +15,9 @@ from sce_pipeline.models import Packing
 USERS_AT_ONCE = 4096
 """Most users in a block."""
 
-TOKENS_AT_ONCE = 2**16
-"""Most tokens in a block of more than one user: 16 MiB for each tensor of 64 floats a token."""
-
-TOKENS_AT_ONCE_ON_CPU = 2**15
-"""The same on a CPU, with the padding to the longest history, over which attention spreads them
-there: they should stay in the cache."""
+TOKENS_AT_ONCE = 2**15
+"""Most tokens in a block of more than one user: 8 MiB for each tensor of 64 floats a token. On
+a CPU the padding counts, over which attention spreads them there."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,12 @@ class UserBlocks:
 
     def __iter__(self) -> Iterator[UserBlock]:
         """Cut the blocks out, one at a time."""
-        for start, stop in pairwise(self.cuts):
-            yield self._block(start, stop)
+        for number in range(len(self)):
+            yield self.block(number)
 
-    def _block(self, start: int, stop: int) -> UserBlock:
+    def block(self, number: int) -> UserBlock:
+        """Cut one of the blocks out, counted from 0."""
+        start, stop = self.cuts[number : number + 2]
         packing = Packing.from_lengths(self.lengths[start:stop], self.items.device)
         firsts = self.stops[start:stop] - packing.lengths
         seen = None
@@ -103,15 +101,13 @@ class UserBlocks:
 
 def _cuts(lengths: np.ndarray, device: torch.device) -> list[int]:
     """Return where blocks of users whose histories have these lengths start, and the end."""
-    on_cpu = device.type == "cpu"
-    tokens_at_once = TOKENS_AT_ONCE_ON_CPU if on_cpu else TOKENS_AT_ONCE
     cuts = [0]
     while cuts[-1] < len(lengths):
         block = lengths[cuts[-1] : cuts[-1] + USERS_AT_ONCE]
         tokens = block.cumsum()
-        if on_cpu:
+        if device.type == "cpu":
             tokens = np.maximum.accumulate(block) * np.arange(1, len(block) + 1)
-        cuts.append(cuts[-1] + max(1, int(np.searchsorted(tokens, tokens_at_once, "right"))))
+        cuts.append(cuts[-1] + max(1, int(np.searchsorted(tokens, TOKENS_AT_ONCE, "right"))))
     return cuts
 
 

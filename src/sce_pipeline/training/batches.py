@@ -56,16 +56,23 @@ class TrainingBatch:
             return slots[: self.targets.numel()]
         return slots.index_select(0, self.predicted)
 
-    def spread(self, tokens: Tensor) -> Tensor:
-        """Lay [tokens, ...] into [slots, ...], zeros elsewhere: the derivative of ``take``."""
+    def spread(self, tokens: Tensor, room: Tensor | None = None) -> Tensor:
+        """Lay [tokens, ...] into [slots, ...], zeros elsewhere: the derivative of ``take``.
+
+        Args:
+            tokens: Of the batch's tokens, [tokens, ...].
+            room: Where to lay them, [slots, ...]; None takes new memory where it has to.
+        """
         n_slots = self.items.numel()
-        if self.predicted is None and len(tokens) == n_slots:
-            return tokens
-        slots = tokens.new_zeros(n_slots, *tokens.shape[1:])
+        if room is None:
+            if self.predicted is None and len(tokens) == n_slots:
+                return tokens
+            room = tokens.new_empty(n_slots, *tokens.shape[1:])
         if self.predicted is None:
-            slots[: len(tokens)] = tokens
-            return slots
-        return slots.index_copy_(0, self.predicted, tokens)
+            room[: len(tokens)] = tokens
+            room[len(tokens) :] = 0
+            return room
+        return room.zero_().index_copy_(0, self.predicted, tokens)
 
 
 @dataclass(frozen=True)

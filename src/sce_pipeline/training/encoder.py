@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class Encoder:
     Args:
         encode: ``Backbone.encode``, under the precision wanted.
     """
+
+    room: Tensor | None = None
+    """Where the derivative by the last hidden states is best laid, [slots, d]; None is anywhere."""
 
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
@@ -55,14 +59,21 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Recording:
-    """Both graphs of one shape and the tensors that they read and write."""
+    """Both graphs of one shape and the tensors that they read and write.
+
+    Attributes:
+        embedded: The embeddings and, after the backward, their gradient.
+        hidden: The hidden states and, after that, their gradient.
+        packing: Which sequence each slot belongs to.
+        masked: Which slots are masked, if any.
+        forward: The graph of the forward pass.
+        backward: That of the backward pass.
+    """
 
     embedded: Tensor
+    hidden: Tensor
     packing: Packing
     masked: Tensor | None
-    hidden: Tensor
-    gradient: Tensor
-    embedded_gradient: Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
@@ -70,7 +81,8 @@ class _Recording:
 class ReplayedEncoder(Encoder):
     """Replays CUDA graphs, recorded when a shape is first met.
 
-    What ``forward`` and ``backward`` return is overwritten by the next call for that shape.
+    What ``forward`` and ``backward`` return is overwritten by the next call: all recordings share
+    the memory of what goes in and comes out, and of what they need in between.
 
     Args:
         encode: ``Backbone.encode``, under the precision wanted; the same kernels for every packing
@@ -84,7 +96,8 @@ class ReplayedEncoder(Encoder):
         self._weights = list(weights)
         self._max_length = max_length
         self._recordings: dict[tuple[int, int], _Recording] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pool = torch.cuda.MemPool()
         self._stream = torch.cuda.Stream()
 
     def forward(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> Tensor:
@@ -94,53 +107,59 @@ class ReplayedEncoder(Encoder):
             self._recordings[shape] = self._record(embedded, packing, masked)
         self._last = last = self._recordings[shape]
         last.embedded.detach().copy_(embedded)
-        for name in ("lengths", "offsets", "sequence", "place"):
-            getattr(last.packing, name).copy_(getattr(packing, name))
+        last.packing.offsets.copy_(packing.offsets)
+        torch._foreach_copy_(_whole_numbers(last.packing), _whole_numbers(packing))
         if last.masked is not None and masked is not None:
             last.masked.copy_(masked)
         last.forward.replay()
+        self.room = last.hidden
         return last.hidden
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Add to the gradients of the backbone's weights; return that of the embeddings."""
-        self._last.gradient.copy_(gradient)
+        if gradient is not self.room:
+            self._last.hidden.copy_(gradient)
         self._last.backward.replay()
-        return self._last.embedded_gradient
+        return self._last.embedded.detach()
 
     def _record(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> _Recording:
         """Record forward and backward; gradients and random numbers are left as they were."""
-        embedded = embedded.detach().clone().requires_grad_()
+        room, hidden = (each[: len(embedded)] for each in self._rooms_for(embedded))
+        room.copy_(embedded)
+        embedded = room.requires_grad_()
         tensors = ("lengths", "offsets", "sequence", "place")
         copies = {name: getattr(packing, name).clone() for name in tensors}
         longest = min(self._max_length, packing.n_tokens)
         packing = replace(packing, **copies, longest=longest)
         masked = None if masked is None else masked.clone()
         state = torch.cuda.get_rng_state(embedded.device)
+        hidden.zero_()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
             for _ in range(WARM_UP_RUNS):
-                hidden = self._encode(embedded, packing, *_given(masked))
-                gradient = torch.zeros_like(hidden)
-                self._derive(hidden, gradient, embedded)
+                found = self._encode(embedded, packing, *_given(masked))
+                self._derive(found, hidden, embedded)
+            del found
         torch.cuda.current_stream().wait_stream(self._stream)
-        del hidden
-        torch.cuda.empty_cache()  # a recording has memory of its own beside that of the warm-up
+        torch.cuda.empty_cache()  # autograd's own thread takes memory outside the pool
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool, stream=self._stream):
-            hidden = self._encode(embedded, packing, *_given(masked))
-        with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
-            embedded_gradient = self._derive(hidden, gradient, embedded)
+        options: dict[str, Any] = {"pool": self._pool.id, "stream": self._stream}
+        with torch.cuda.graph(forward, **options):
+            found = self._encode(embedded, packing, *_given(masked))
+            hidden.copy_(found.detach())
+        with torch.cuda.graph(backward, **options):
+            derivative = self._derive(found, hidden, embedded)
+            embedded.detach().copy_(derivative)
         torch.cuda.set_rng_state(state, embedded.device)
-        return _Recording(
-            embedded,
-            packing,
-            masked,
-            hidden.detach(),
-            gradient,
-            embedded_gradient,
-            forward,
-            backward,
-        )
+        return _Recording(embedded, hidden, packing, masked, forward, backward)
+
+    def _rooms_for(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the memory for embeddings and hidden states, shared by shapes of a doubling."""
+        slots = 1 << (len(embedded) - 1).bit_length()
+        if slots not in self._rooms:
+            shape = slots, embedded.shape[1]
+            self._rooms[slots] = embedded.new_empty(shape), embedded.new_empty(shape)
+        return self._rooms[slots]
 
     def _derive(self, hidden: Tensor, gradient: Tensor, embedded: Tensor) -> Tensor:
         """Derive by the embeddings and, adding to what is there, by the weights."""
@@ -171,6 +190,10 @@ def round_up(n: int) -> int:
     """
     step = max(FINEST_STEP, 2 ** (n.bit_length() - 4))
     return -(-n // step) * step
+
+
+def _whole_numbers(packing: Packing) -> list[Tensor]:
+    return [packing.lengths, packing.sequence, packing.place]
 
 
 def _given(masked: Tensor | None) -> list[Tensor]:

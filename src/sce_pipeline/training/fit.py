@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -98,7 +99,11 @@ def fit(
     )
     with locked(checkpoints):
         if parameters.devices == 1:
-            return train(alone(device), task)
+            result = train(alone(device), task)
+            if device.type == "cuda":
+                gc.collect()  # a trainer is in cycles, and what it holds is wanted next
+                torch.cuda.empty_cache()
+            return result
         launch(parameters.devices, device, train, task)
         return _collect(task)
 

@@ -66,7 +66,8 @@ class ItemTable:
     def loss(self, loss: Loss, states: Tensor, batch: TrainingBatch) -> Tensor:
         """Return this rank's addend of a step's mean loss over its tokens."""
         mean = loss(states, self.weight, batch.targets, batch.sequence, batch.histories)
-        return mean * (batch.counts[self.ranks.rank] / batch.step_tokens)
+        own = batch.counts[self.ranks.rank]
+        return mean if own == batch.step_tokens else mean * (own / batch.step_tokens)
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of the whole table's gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class Trainer:
         self.batches = batches
         self.ranks = ranks
         self.half = half
+        # What autocast keeps of the weights would outlive the recording of a graph.
+        self._precision = partial(
+            torch.autocast, ranks.device.type, torch.bfloat16, enabled=half, cache_enabled=False
+        )
         on_gpu = ranks.device.type == "cuda"
         others = [weight for weight in model.parameters() if weight is not self.table.weight]
         self._gradient = _share_gradient(others)
@@ -63,15 +67,11 @@ class Trainer:
             fused=on_gpu,
         )
         encode = torch.compile(model.encode, dynamic=True) if parameters.compile else model.encode
-
-        def encode_in_precision(*args: Any) -> Tensor:
-            with self._precision():
-                return encode(*args)
-
+        encode = self._precision()(encode)
         if can_replay(model, ranks.device, half):
-            self.encoder: Encoder = ReplayedEncoder(encode_in_precision, others, model.max_length)
+            self.encoder: Encoder = ReplayedEncoder(encode, others, model.max_length)
         else:
-            self.encoder = Encoder(encode_in_precision)
+            self.encoder = Encoder(encode)
 
     def epoch(self, number: int, measured: Tensor | None = None) -> Epoch:
         """Return the epoch of this number, to be gone through.
@@ -112,25 +112,19 @@ class Trainer:
             self.table.start_sum()
         clock.mark("loss")
         assert states.grad is not None  # noqa: S101
-        self.table.add_gradient(batch, self.encoder.backward(batch.spread(states.grad)))
+        gradient = batch.spread(states.grad, self.encoder.room)
+        self.table.add_gradient(batch, self.encoder.backward(gradient))
         clock.mark("backbone")
         return loss.detach()
 
     def update(self) -> Tensor:
         """Take a step of the optimiser; returns the norm of the gradient."""
         self.ranks.add(self._gradient)
-        norms = [self.table.gradient_norm(), torch.linalg.vector_norm(self._gradient)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.hypot(self.table.gradient_norm(), torch.linalg.vector_norm(self._gradient))
         self.optimizer.step()
         self.table.weight.grad = None
         self._gradient.zero_()
         return norm
-
-    def _precision(self) -> AbstractContextManager[None]:
-        # What autocast keeps of the weights would outlive the recording of a graph.
-        return torch.autocast(
-            self.ranks.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
-        )
 
 
 class Epoch:
@@ -162,15 +156,15 @@ class Epoch:
         trainer.model.train()
         parts = [part for step in self._steps[self._first :] for part in step]
         batches = iter(trainer.batches.batches(parts))
-        loss: Tensor | float = 0.0
+        losses: list[Tensor] = []
         self.clock.start()
         for batch in batches:
             self.clock.mark("data")
-            loss = loss + trainer.accumulate(batch, self.clock)
+            losses.append(trainer.accumulate(batch, self.clock))
             if batch.ends_step:
                 norm = trainer.update()
-                self.measured[self.done] = torch.stack([loss, norm])
-                loss = 0.0
+                torch.stack([sum(losses[1:], losses[0]), norm], out=self.measured[self.done])
+                losses.clear()
                 self.done += 1
                 self.clock.mark("optimiser")
                 yield self.done

@@ -42,9 +42,10 @@ class Validation:
         self.model = model
         self.table = table
         self.ranks = ranks
-        users = UserBlocks(sequences, filter_seen).to(ranks.device)
+        self.users = UserBlocks(sequences, filter_seen).to(ranks.device)
         self.shares_users = table.shard is None
-        self.blocks = list(users)[ranks.rank :: ranks.world] if self.shares_users else list(users)
+        first, step = (ranks.rank, ranks.world) if self.shares_users else (0, 1)
+        self.blocks = range(first, len(self.users), step)
         self.n_users = len(sequences["users"])
 
     def measure(self) -> dict[str, float]:
@@ -62,7 +63,7 @@ class Validation:
     def _target_ranks(self) -> Tensor:
         """Rank the targets of this process's users, int64 [users] on the CPU."""
         rankings = []
-        for block in self.blocks:
+        for block in map(self.users.block, self.blocks):
             hidden = self.model.encode_last(self.table.embed(block.items), block.packing)
             arguments = hidden, self.table.weight, block.targets, block.seen
             rankings.append(rank_block(*arguments, k=0, shard=self.table.shard))

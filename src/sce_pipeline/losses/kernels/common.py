@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
@@ -23,7 +24,7 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 
 
 def cdiv(n: int, size: int) -> int:
@@ -45,41 +46,50 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Launch ``kernel`` as ``kernel[grid](*arguments, **constants)`` would, in less time.
 
     Triton looks at every argument of every launch, which takes longer than some of our kernels run.
-    Here a launch like an earlier one goes to what was compiled for that at once.
+    Here a launch like an earlier one goes to what was compiled for that at once, and past the hooks
+    that profilers of Triton's may have set.
 
     Args:
         kernel: A function of ``triton.jit`` whose constants come last.
         grid: Number of programs along up to three axes.
-        arguments: All its arguments but the constants.
+        arguments: All its arguments but the constants, one tensor at least.
         constants: Its constants, and options such as ``num_warps``.
     """
     if INTERPRETED.value:
         kernel[grid](*arguments, **constants)
         return
-    device = next(each.device for each in arguments if isinstance(each, Tensor))
-    if device.index != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device(device):
-            launch(kernel, grid, *arguments, **constants)
-        return
-    key: list[Any] = [id(kernel), device.index, *constants.items()]
+    key: list[Any] = [id(kernel), *constants.items()]
     values = []
+    device = -1
     for argument in arguments:
-        value = argument
         if isinstance(argument, Tensor):
             # An address is taken as it is; about a tensor the launcher would ask the driver.
             value = argument.data_ptr()
             key += (argument.dtype, value % 16 == 0)
+            values.append(value)
+            if device < 0:
+                device = argument.get_device()
         else:
             key.append(_kind(argument))
-        values.append(value)
-    place = tuple(key)
+            values.append(argument)
+    if device != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **constants)
+        return
+    place = (device, *key)
     if place in _compiled:
-        compiled, last_values = _compiled[place]
-        compiled[(*grid, 1, 1)[:3]](*values, *last_values)
+        run, what, last_values = _compiled[place]
+        stream = driver.active.get_current_stream(device)
+        run(*(*grid, 1, 1)[:3], stream, *what, *values, *last_values)
         return
     compiled = kernel[grid](*arguments, **constants)
+    no_hooks = (None, None, None)
     names = kernel.arg_names[len(arguments) :]
-    _compiled[place] = compiled, tuple(constants[name] for name in names)
+    _compiled[place] = (
+        compiled.run,
+        (compiled.function, compiled.packed_metadata, *no_hooks),
+        tuple(constants[name] for name in names),
+    )
 
 
 def _kind(argument: Any) -> Any:

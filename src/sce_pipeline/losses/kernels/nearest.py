@@ -20,7 +20,7 @@ from sce_pipeline.losses.base import chunks
 from sce_pipeline.losses.kernels.common import cdiv, launch, padded, power_of_2
 from sce_pipeline.losses.kernels.rows import load_rows, row_products
 
-FEW_ROWS = 2**14
+FEW_ROWS = 2**12
 """Up to here the inner products of a centre take no more room than the maxima of groups would."""
 
 MANY_NEAREST = 2**11
@@ -125,13 +125,12 @@ def filtered_rows(
         **sizes,
         **options,
     )
-    bounds = torch.empty(n_centres, dtype=torch.float32, device=device)
-    counts = torch.empty(2, n_centres, dtype=torch.int32, device=device)
+    # Candidates above the bound and of those at it, and the bits of the bound, for each centre.
+    counts = torch.empty(3, n_centres, dtype=torch.int32, device=device)
     launch(
         _bounds,
         (n_centres,),
         maxima,
-        bounds,
         counts,
         n_centres,
         n_groups,
@@ -140,17 +139,15 @@ def filtered_rows(
         num_warps=8,
     )
     del maxima
-    candidates = torch.empty(n_centres, room, dtype=torch.int32, device=device)
-    products = torch.empty(n_centres, room, dtype=torch.float32, device=device)
+    # The candidates, and the bits of their products.
+    candidates = torch.empty(2, n_centres, room, dtype=torch.int32, device=device)
     launch(
         _candidates,
         (centre_tiles, min(row_tiles, max(1, 4 * PROGRAMS // centre_tiles))),
         centres,
         rows,
-        bounds,
         counts,
         candidates,
-        products,
         n_centres,
         n_rows,
         k,
@@ -164,7 +161,6 @@ def filtered_rows(
         (n_centres,),
         counts,
         candidates,
-        products,
         found,
         n_centres,
         k,
@@ -244,7 +240,7 @@ def _kth_largest(keys, k):
 
 
 @triton.jit(do_not_specialize=["n_centres", "n_groups", "k"])
-def _bounds(maxima, bounds, counts, n_centres, n_groups, k, BLOCK: tl.constexpr):
+def _bounds(maxima, counts, n_centres, n_groups, k, BLOCK: tl.constexpr):
     """The k-th largest of each centre's maxima; and no candidate counted yet."""
     centre = tl.program_id(0)
     group = tl.arange(0, BLOCK)
@@ -253,19 +249,17 @@ def _bounds(maxima, bounds, counts, n_centres, n_groups, k, BLOCK: tl.constexpr)
     key = _kth_largest(_sortable(values), k)
     bits = tl.where(key >> 31 == 1, key ^ 0x80000000, ~key)
     one = tl.arange(0, 1)
-    tl.store(bounds + centre + one, bits.to(tl.float32, bitcast=True))
     tl.store(counts + centre, 0)
     tl.store(counts + n_centres + centre, 0)
+    tl.store(counts + 2 * n_centres + centre + one, bits.to(tl.int32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["n_centres", "n_rows", "k"])
 def _candidates(
     centres,
     rows,
-    bounds,
     counts,
     candidates,
-    products,
     n_centres,
     n_rows,
     k,
@@ -279,8 +273,10 @@ def _candidates(
     centre = tl.program_id(0) * CENTRES + tl.arange(0, CENTRES)
     step = tl.num_programs(1) * ROWS
     factor = load_rows(centres, centre, centre < n_centres, 0, D, STEP)
-    bound = tl.load(bounds + centre, mask=centre < n_centres, other=float("inf"))
     inside = centre < n_centres
+    bound = tl.load(counts + 2 * n_centres + centre, mask=inside, other=0)
+    bound = bound.to(tl.float32, bitcast=True)
+    products = candidates + n_centres.to(tl.int64) * ROOM
     place_in_tile = tl.arange(0, ROWS)
     for start in range(tl.program_id(1) * ROWS, n_rows, step):
         row = start + place_in_tile
@@ -298,13 +294,13 @@ def _candidates(
             kept = (last >= 0) & (place < tl.where(tied, k, ROOM - k))
             place = centre.to(tl.int64) * ROOM + place + tl.where(tied, ROOM - k, 0)
             tl.store(candidates + place, start + last, mask=kept)
-            tl.store(products + place, value, mask=kept)
+            tl.store(products + place, value.to(tl.int32, bitcast=True), mask=kept)
             left = tl.where(place_in_tile[None, :] < last[:, None], left, -1)
             last = tl.max(left, 1)
 
 
 @triton.jit(do_not_specialize=["n_centres", "k"])
-def _largest(counts, candidates, products, found, n_centres, k, ROOM: tl.constexpr):
+def _largest(counts, candidates, found, n_centres, k, ROOM: tl.constexpr):
     """The k candidates of largest product."""
     centre = tl.program_id(0)
     place = tl.arange(0, ROOM)
@@ -312,8 +308,9 @@ def _largest(counts, candidates, products, found, n_centres, k, ROOM: tl.constex
     ties = tl.load(counts + n_centres + centre)
     valid = tl.where(place < ROOM - k, place < above, place - (ROOM - k) < ties)
     offset = centre.to(tl.int64) * ROOM + place
-    values = tl.load(products + offset, mask=valid, other=0.0)
-    keys = tl.where(valid, _sortable(values), 0)
+    products = candidates + n_centres.to(tl.int64) * ROOM
+    bits = tl.load(products + offset, mask=valid, other=0)
+    keys = tl.where(valid, _sortable(bits.to(tl.float32, bitcast=True)), 0)
     kth = _kth_largest(keys, k)
     larger = keys > kth
     equal = valid & (keys == kth)
