@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from helpers import ROOT, SMALL_RUN
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LOG, LOSSES, MASS = NOTEBOOKS
+LOG, COMPARISON, MASS = NOTEBOOKS
 FIGURE = "application/vnd.plotly.v1+json"
 
 
@@ -34,9 +34,11 @@ def with_sample(make_project, tmp_path_factory):
 def runs(with_sample):
     """A project with a short run of each of two losses."""
     project = with_sample()
-    short = {"batch_size": 512, "learning_rate": 0.01, "max_epochs": 1}
-    training = {**SMALL_RUN["training"], **short}
-    values = {"training": training, "evaluation": SMALL_RUN["evaluation"]}
+    values = {
+        "data_processing": {"stride": None},  # a window a user
+        "training": {**SMALL_RUN["training"], "batch_size": 128, "max_epochs": 1},
+        "evaluation": SMALL_RUN["evaluation"],
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.folder)
         project.run(**values, loss="sce")
@@ -107,7 +109,7 @@ def test_the_log_is_explored_in_a_project_where_nothing_has_run(with_sample):
 
 
 def test_losses_are_compared_from_saved_runs(runs):
-    notebook = execute(LOSSES, runs)
+    notebook = execute(COMPARISON, runs)
     assert "2 complete runs; incomplete: none" in texts(notebook)
     for loss in ("sce", "cce"):
         (metrics,) = runs.versions("08_reporting", "movielens_small", loss, "metrics.json")
@@ -132,7 +134,7 @@ def test_the_gradient_mass_is_looked_into_on_saved_weights(runs):
     assert random == sorted(random)
 
 
-@pytest.mark.parametrize("file", [LOSSES, MASS], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [COMPARISON, MASS], ids=lambda file: file.stem)
 def test_a_notebook_that_needs_runs_says_how_to_make_one(file, with_sample, monkeypatch):
     project = with_sample()
     monkeypatch.chdir(project.folder / "notebooks")
