@@ -143,6 +143,7 @@ def test_shuffled_chunks_are_as_large_and_hold_any_items():
     seen = torch.zeros(len(meetings.item_order), 101)
     for _ in range(200):
         shuffled = shuffle_items(meetings)
+        assert not shuffled.item_order[0].equal(shuffled.item_order[1])
         for round_, order in enumerate(shuffled.item_order.long()):
             assert order.sort().values.tolist() == list(range(101))
             chunks = shuffled.item_chunks[order, round_]
