@@ -54,6 +54,13 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def make_project():
+    """Make projects in folders of one's own."""
+    configure_project("sce_pipeline")
+    return Project
+
+
+@pytest.fixture(scope="session")
 def three_ranks(tmp_path_factory):
     """A process group of three processes."""
     ranks = Ranks(3, tmp_path_factory.mktemp("ranks") / "store")

@@ -12,7 +12,7 @@ from sce_pipeline.losses.base import Histories, Loss
 from sce_pipeline.losses.grouped import Groups, grouped_cross_entropy
 from sce_pipeline.losses.implementation import Implementation, takes_triton
 from sce_pipeline.losses.per_token import per_token_cross_entropy
-from sce_pipeline.losses.sampling import COIN_BITS, Popularity, draw
+from sce_pipeline.losses.sampling import COIN_BITS, Draw, Popularity, draw
 
 TILE = 64
 """Tokens of a tile."""
@@ -63,13 +63,34 @@ class CCEMinus(Loss):
         sequence: Tensor,
         histories: Histories,
     ) -> Tensor:
-        self._check_popularity(len(item_embeddings))
+        drawn = self.draw_negatives(targets, len(item_embeddings))
+        # The order in which the kernels add up the gradient of the table is open for tiles.
+        deterministic = isinstance(drawn, Draw)
+        triton = takes_triton(self.impl, hidden, item_embeddings, deterministic=deterministic)
+        if isinstance(drawn, Groups):
+            return grouped_cross_entropy(hidden, item_embeddings, targets, drawn, triton=triton)
+        return per_token_cross_entropy(
+            hidden,
+            item_embeddings,
+            targets,
+            drawn,
+            popularity=self.popularity,
+            log_correction=self.log_correction,
+            triton=triton,
+        )
+
+    def draw_negatives(self, targets: Tensor, n_items: int) -> Draw | Groups:
+        """Draw the negatives of tokens, int64 [tokens], from a catalogue of ``n_items``.
+
+        Raises:
+            RuntimeError: Draws are by popularity, and ``use_item_counts`` was not called.
+            ValueError: It was called for another catalogue.
+        """
+        self._check_popularity(n_items)
         if self.shared == "tile":
-            groups = self._draw_tiles(targets, len(item_embeddings))
-            # The order in which the kernels add up the gradient of the table is open.
-            triton = takes_triton(self.impl, hidden, item_embeddings, deterministic=False)
-            return grouped_cross_entropy(hidden, item_embeddings, targets, groups, triton=triton)
-        return self._with_draws_per_token(hidden, item_embeddings, targets)
+            return self._draw_tiles(targets, n_items)
+        with_coins = self.popularity is not None
+        return draw(len(targets), n_items, self.n_negatives, targets.device, with_coins=with_coins)
 
     def _check_popularity(self, n_items: int) -> None:
         if not self.needs_item_counts:
@@ -103,24 +124,4 @@ class CCEMinus(Loss):
             TILE,
             -self.popularity.log_chances[items],
             self.popularity.log_rests[targets],
-        )
-
-    def _with_draws_per_token(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor
-    ) -> Tensor:
-        drawn = draw(
-            len(hidden),
-            len(item_embeddings),
-            self.n_negatives,
-            hidden.device,
-            with_coins=self.popularity is not None,
-        )
-        return per_token_cross_entropy(
-            hidden,
-            item_embeddings,
-            targets,
-            drawn,
-            popularity=self.popularity,
-            log_correction=self.log_correction,
-            triton=takes_triton(self.impl, hidden, item_embeddings, deterministic=True),
         )

@@ -44,6 +44,27 @@ class Meetings(NamedTuple):
     n_chunks: int
     n_extra_chunks: int
 
+    @property
+    def most_items(self) -> int:
+        """The most items that a chunk of tokens meets in a round."""
+        n_items = self.item_order.shape[1]
+        return -(-min(1 + 2 * self.n_extra_chunks, self.n_chunks) * n_items // self.n_chunks)
+
+    def items_met(self, round_: int, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the items that chunks of tokens, int64 [n], meet in a round.
+
+        Returns:
+            Items, int64 [n, most_items], and which of them are such: chunks that meet fewer are
+            filled up with anything.
+        """
+        n_chunks, n_extra, n_items = self.n_chunks, self.n_extra_chunks, self.item_order.shape[1]
+        return _between(
+            (chunk - n_extra).clamp(min=0) * n_items // n_chunks,
+            (chunk + n_extra + 1).clamp(max=n_chunks) * n_items // n_chunks,
+            self.item_order[round_],
+            self.most_items,
+        )
+
 
 class RECE(Loss):
     """RECE (Gusak et al., 2024, arXiv 2408.02354).
@@ -91,23 +112,29 @@ class RECE(Loss):
         sequence: Tensor,
         histories: Histories,
     ) -> Tensor:
-        triton = takes_triton(self.impl, hidden, item_embeddings, deterministic=True)
-        meetings = draw_meetings(
-            hidden,
-            item_embeddings,
-            n_chunks=self._n_chunks(min(len(hidden), len(item_embeddings))),
-            n_extra_chunks=self.n_extra_chunks,
-            n_rounds=self.n_rounds,
-            triton=triton,
-        )
+        triton = self._takes_triton(hidden, item_embeddings)
         cross_entropy = _fused_cross_entropy if triton else chunked_cross_entropy
         return cross_entropy(
             hidden,
             item_embeddings,
             targets,
-            meetings,
+            self.draw_meetings(hidden, item_embeddings),
             duplicate_correction=self.duplicate_correction,
         )
+
+    def draw_meetings(self, hidden: Tensor, item_embeddings: Tensor) -> Meetings:
+        """Draw who meets whom of hidden states [tokens, d] and a table [n_items, d]."""
+        return draw_meetings(
+            hidden,
+            item_embeddings,
+            n_chunks=self._n_chunks(min(len(hidden), len(item_embeddings))),
+            n_extra_chunks=self.n_extra_chunks,
+            n_rounds=self.n_rounds,
+            triton=self._takes_triton(hidden, item_embeddings),
+        )
+
+    def _takes_triton(self, hidden: Tensor, item_embeddings: Tensor) -> bool:
+        return takes_triton(self.impl, hidden, item_embeddings, deterministic=True)
 
     def _n_chunks(self, largest: int) -> int:
         if self.n_buckets == "auto":
@@ -286,9 +313,8 @@ def _tiles(
     duplicate_correction: bool,
 ) -> Iterator[_Tile]:
     """Go over all pairs that meet, in tiles of bounded size, round by round."""
-    device, (n_tokens, d), n_items = hidden.device, hidden.shape, len(item_embeddings)
-    n_chunks, n_extra = meetings.n_chunks, meetings.n_extra_chunks
-    n_columns = -(-min(1 + 2 * n_extra, n_chunks) * n_items // n_chunks)
+    device, (n_tokens, d) = hidden.device, hidden.shape
+    n_chunks, n_extra, n_columns = meetings.n_chunks, meetings.n_extra_chunks, meetings.most_items
     # A chunk is cut into parts where its logits would be too many for one tile.
     n_parts = len(list(chunks(-(-n_tokens // n_chunks), n_columns, device)))
     n_all = n_chunks * n_parts
@@ -302,13 +328,7 @@ def _tiles(
                 meetings.token_order[round_],
                 n_rows,
             )
-            chunk = part // n_parts
-            items, item_live = _between(
-                (chunk - n_extra).clamp(min=0) * n_items // n_chunks,
-                (chunk + n_extra + 1).clamp(max=n_chunks) * n_items // n_chunks,
-                meetings.item_order[round_],
-                n_columns,
-            )
+            items, item_live = meetings.items_met(round_, part // n_parts)
             x, w = hidden[tokens].to(dtype), item_embeddings[items].to(dtype)
             negative = token_live[:, :, None] & item_live[:, None, :]
             negative &= targets[tokens][:, :, None] != items[:, None, :]

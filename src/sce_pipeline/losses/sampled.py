@@ -57,10 +57,18 @@ class SampledLoss(Loss):
                 n_items,
             )
         triton = self._takes_triton(hidden, item_embeddings)
-        if self.shared == "token" and self.exclude == "target":
-            drawn = draw(len(hidden), n_items, self.n_negatives, hidden.device, with_coins=False)
+        drawn = self.draw_negatives(targets, sequence, histories, n_items)
+        if isinstance(drawn, Draw):
             return self._mean_of_draw(hidden, item_embeddings, targets, drawn, triton=triton)
-        groups = draw_groups(
+        return self._mean_of_groups(hidden, item_embeddings, targets, drawn, triton=triton)
+
+    def draw_negatives(
+        self, targets: Tensor, sequence: Tensor, histories: Histories, n_items: int
+    ) -> Draw | Groups:
+        """Draw the negatives of a batch from a catalogue of ``n_items``; see ``Loss.forward``."""
+        if self.shared == "token" and self.exclude == "target":
+            return draw(len(targets), n_items, self.n_negatives, targets.device, with_coins=False)
+        return draw_groups(
             targets,
             sequence,
             histories,
@@ -69,7 +77,6 @@ class SampledLoss(Loss):
             shared=self.shared,
             exclude=self.exclude,
         )
-        return self._mean_of_groups(hidden, item_embeddings, targets, groups, triton=triton)
 
     def _takes_triton(self, hidden: Tensor, item_embeddings: Tensor) -> bool:
         if self.shared != "token" or self.exclude == "target":

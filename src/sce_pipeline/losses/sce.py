@@ -71,10 +71,17 @@ class SCE(Loss):
         sequence: Tensor,
         histories: Histories,
     ) -> Tensor:
+        buckets = self.draw_buckets(hidden, item_embeddings)
+        if self._takes_triton(hidden, item_embeddings):
+            return fused_bucketed_cross_entropy(hidden, item_embeddings, targets, buckets)
+        return bucketed_cross_entropy(hidden, item_embeddings, targets, buckets)
+
+    def draw_buckets(self, hidden: Tensor, item_embeddings: Tensor) -> Buckets:
+        """Draw the buckets of a batch of hidden states [tokens, d] and a table [n_items, d]."""
         n_tokens, n_items = len(hidden), len(item_embeddings)
         auto = math.isqrt(4 * n_tokens)
-        triton = takes_triton(self.impl, hidden, item_embeddings, deterministic=False)
-        buckets = (draw_buckets_fused if triton else draw_buckets)(
+        triton = self._takes_triton(hidden, item_embeddings)
+        return (draw_buckets_fused if triton else draw_buckets)(
             hidden,
             item_embeddings,
             n_buckets=auto if self.n_buckets == "auto" else self.n_buckets,
@@ -86,9 +93,9 @@ class SCE(Loss):
             bucket_size_y=self._clamped("bucket_size_y", self.bucket_size_y, n_items, "items"),
             mix_x=self.mix_x,
         )
-        if triton:
-            return fused_bucketed_cross_entropy(hidden, item_embeddings, targets, buckets)
-        return bucketed_cross_entropy(hidden, item_embeddings, targets, buckets)
+
+    def _takes_triton(self, hidden: Tensor, item_embeddings: Tensor) -> bool:
+        return takes_triton(self.impl, hidden, item_embeddings, deterministic=False)
 
     def _clamped(self, name: str, size: int, largest: int, what: str) -> int:
         if size > largest:
