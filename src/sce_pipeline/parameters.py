@@ -468,6 +468,62 @@ class ComparisonParameters(Parameters):
         return pairs
 
 
+class ProfilingEffort(Parameters):
+    """How many steps are timed; where one takes longer than ``max_step_seconds``, a single one."""
+
+    n_warm_up_steps: NonNegativeInt
+    n_steps: PositiveInt
+    max_step_seconds: PositiveFloat
+
+
+Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class ProfilingGrid(Parameters):
+    """Sizes at which every one of ``losses`` is measured: catalogues and batches of sequences."""
+
+    losses: Annotated[tuple[str, ...], Field(min_length=1)]
+    n_items: Sizes
+    batch_size: Sizes
+    length: PositiveInt
+
+    @field_validator("losses", "n_items", "batch_size")
+    @classmethod
+    def _check_distinct(cls, values: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            listed = ", ".join(map(str, values))
+            raise ValueError(f"{info.field_name} must be distinct, got {listed}")
+        return values
+
+    @model_validator(mode="after")
+    def _check_n_items(self) -> ProfilingGrid:
+        if min(self.n_items) < self.length + 2:
+            raise ValueError(
+                f"n_items must be at least length + 2 = {self.length + 2}, so that there is an "
+                f"item that a user does not have; got {min(self.n_items)}"
+            )
+        return self
+
+
+class SuggestionParameters(Parameters):
+    """Which losses are tried for a suggestion.
+
+    ``losses`` have what is changed of their presets. An exact loss is suggested where its epoch
+    takes at most ``max_slowdown`` times as long as the fastest one.
+    """
+
+    losses: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    max_slowdown: Annotated[float, Field(ge=1)]
+
+
+class ProfilingParameters(Parameters):
+    """What losses cost on this device: over a grid of sizes, and at those of the data set."""
+
+    effort: ProfilingEffort
+    grid: ProfilingGrid
+    suggestion: SuggestionParameters
+
+
 class DatasetPreset(Parameters):
     """What a data set's preset may say; the values within a group are checked once merged."""
 
@@ -580,6 +636,7 @@ class RunParameters(Parameters):
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]
     split_presets: dict[str, Any]
+    profiling: ProfilingParameters
     sweep: str | None
     sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sweep]
     sweep_options: SweepOptions
@@ -593,6 +650,21 @@ class RunParameters(Parameters):
         if chosen is not None and chosen not in sweeps:
             raise ValueError(f"there is no sweep {chosen!r}; choose one of {', '.join(sweeps)}")
         return sweeps
+
+    @field_validator("profiling")
+    @classmethod
+    def _check_profiled_losses(
+        cls, profiling: ProfilingParameters, info: ValidationInfo
+    ) -> ProfilingParameters:
+        presets = info.data.get("loss_presets", {})
+        chosen = {"grid": profiling.grid.losses, "suggestion": profiling.suggestion.losses}
+        for group, names in chosen.items():
+            if unknown := [name for name in names if name not in presets]:
+                raise ValueError(
+                    f"{group}.losses: there is no preset {unknown[0]!r}; "
+                    f"choose of {', '.join(presets)}"
+                )
+        return profiling
 
     @model_validator(mode="after")
     def _check_selection(self) -> RunParameters:

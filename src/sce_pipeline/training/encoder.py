@@ -29,15 +29,18 @@ class Encoder:
 
     Args:
         encode: ``Backbone.encode``, under the precision wanted.
+
+    Attributes:
+        encode: The same.
     """
 
     def __init__(self, encode: Encode) -> None:
-        self._encode = encode
+        self.encode = encode
 
     def forward(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> Tensor:
         """Return the hidden states of ``embedded``, [slots, d], with no graph attached."""
         self._embedded = embedded.requires_grad_()
-        self._hidden = self._encode(self._embedded, packing, *_given(masked))
+        self._hidden = self.encode(self._embedded, packing, *_given(masked))
         return self._hidden.detach()
 
     def backward(self, gradient: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class ReplayedEncoder(Encoder):
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP_RUNS):
-                hidden = self._encode(embedded, packing, *_given(masked))
+                hidden = self.encode(embedded, packing, *_given(masked))
                 gradient = torch.zeros_like(hidden)
                 self._derive(hidden, gradient, embedded)
         torch.cuda.current_stream().wait_stream(self._stream)
@@ -127,7 +130,7 @@ class ReplayedEncoder(Encoder):
         torch.cuda.empty_cache()  # a recording has memory of its own beside that of the warm-up
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool, stream=self._stream):
-            hidden = self._encode(embedded, packing, *_given(masked))
+            hidden = self.encode(embedded, packing, *_given(masked))
         with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
             embedded_gradient = self._derive(hidden, gradient, embedded)
         torch.cuda.set_rng_state(state, embedded.device)

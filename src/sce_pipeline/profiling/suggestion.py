@@ -1,0 +1,172 @@
+"""Which loss and which settings suit a data set on this device, from what steps were seen to cost.
+
+State is four copies of every weight in float32: the weight, its gradient and Adam's two moments. A
+step in several parts adds a fifth copy of the item table, since each part makes a gradient of its
+own that is then added to the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from sce_pipeline.profiling.steps import Cost
+
+EXACT = ("cce", "ce")
+"""Losses that are the cross-entropy over all items, the first one first."""
+
+SCALABLE = ("cce_minus", "sce")
+"""Losses for catalogues that are too large for those."""
+
+COPIES = 4
+"""Of a weight: itself, its gradient and Adam's moments."""
+
+USABLE = 0.9
+"""Share of the memory that is planned with; an allocator cannot make use of all."""
+
+
+class Choice(NamedTuple):
+    """A loss and why it was chosen."""
+
+    loss: str
+    reason: str
+
+
+class Need(NamedTuple):
+    """What decides whether training fits.
+
+    Attributes:
+        free: Bytes that a device has.
+        table: Bytes of the item table.
+        rest: Bytes of all other weights.
+        working: Bytes that a step takes beside the state when a device computes it at once.
+        batch_size: Sequences in a step.
+    """
+
+    free: int
+    table: int
+    rest: int
+    working: int
+    batch_size: int
+
+
+def choose_loss(costs: Mapping[str, Cost | None], max_slowdown: float) -> Choice | None:
+    """Return the loss to train with, None if none fits.
+
+    An exact one whose epoch takes at most ``max_slowdown`` times as long as the fastest one's; else
+    the faster one of those that scale; else an exact one that is slow, and else the fastest.
+
+    Args:
+        costs: What steps of each loss cost, None where they do not fit.
+        max_slowdown: At least 1.
+    """
+    seconds = {name: cost.epoch_seconds for name, cost in costs.items() if cost is not None}
+    if not seconds:
+        return None
+    fastest = min(seconds, key=seconds.__getitem__)
+    slowdown = {name: seconds[name] / seconds[fastest] for name in seconds}
+    exact = [name for name in EXACT if name in seconds]
+    for name in exact:
+        if name == fastest:
+            return Choice(name, "it is exact, over all items, and no other loss is faster here")
+        if slowdown[name] <= max_slowdown:
+            return Choice(
+                name,
+                f"it is exact, over all items, and an epoch takes {slowdown[name]:.2f} times as "
+                f"long as with {fastest}, the fastest; up to {max_slowdown:g} times is worth it",
+            )
+    why_not = _why_not_exact(costs, slowdown, fastest, max_slowdown)
+    scalable = [name for name in SCALABLE if name in seconds]
+    if scalable:
+        name = min(scalable, key=seconds.__getitem__)
+        others = [other for other in scalable if other != name]
+        faster = f" and is faster here than {others[0]}" if others else ""
+        return Choice(name, f"{why_not}; {name} scales with the catalogue{faster}")
+    if exact:
+        name = min(exact, key=seconds.__getitem__)
+        return Choice(name, f"{why_not}, but neither {' nor '.join(SCALABLE)} fits here")
+    return Choice(fastest, f"{why_not}; {fastest} is the fastest loss that fits")
+
+
+def settle_sizes(need: Need) -> dict[str, Any] | None:
+    """Return settings with which CCE fits that did not, None if no number of devices suffices.
+
+    On as few devices as possible, which share the item table if there are several: a step in parts,
+    which leaves the result as it is, or else a smaller batch.
+
+    Args:
+        need: What was measured with the settings that did not fit.
+    """
+    usable = USABLE * need.free
+    for devices in _doubling(need.batch_size):
+        shared = {"devices": devices, "item_table": "sharded"} if devices > 1 else {}
+        table = need.table / devices
+        state = COPIES * (table + need.rest)
+        own = need.working / devices
+        for parts in _doubling(need.batch_size // devices):
+            if parts == 1 and state + own <= usable and devices > 1:
+                return shared
+            if parts > 1 and state + table + own / parts <= usable:
+                return {**shared, "accumulation_steps": parts}
+        for parts in _doubling(need.batch_size // devices):
+            if parts > 1 and state + own / parts <= usable:
+                return {**shared, "batch_size": need.batch_size // parts, "accumulation_steps": 1}
+    return None
+
+
+def explain_sizes(need: Need, settings: Mapping[str, Any] | None) -> str:
+    """Say why nothing fits, and what the settings make of it."""
+    state = COPIES * (need.table + need.rest)
+    why = (
+        f"no loss fits: {COPIES} copies of the weights (with gradients and Adam's moments) take "
+        f"{_gigabytes(state)}, a step's batch about {_gigabytes(need.working)} more, and "
+        f"{_gigabytes(need.free)} are free"
+    )
+    if settings is None:
+        return (
+            f"{why}; no number of devices changes that with this batch: lower "
+            "training.model.hidden_size or drop rare items with data_processing.filters"
+        )
+    devices = settings.get("devices", 1)
+    remedies = []
+    if devices > 1:
+        each = math.ceil(COPIES * need.table / devices)
+        remedies.append(f"{devices} devices hold {_gigabytes(each)} of the item table's each")
+    if settings.get("accumulation_steps", 1) > 1:
+        parts = settings["accumulation_steps"]
+        remedies.append(f"a step in {parts} parts needs {parts} times less memory for the batch")
+    if "batch_size" in settings:
+        remedies.append(f"a batch of {settings['batch_size']} needs less memory for itself")
+    return f"{why}; {', and '.join(remedies)}"
+
+
+def _why_not_exact(
+    costs: Mapping[str, Cost | None],
+    slowdown: Mapping[str, float],
+    fastest: str,
+    max_slowdown: float,
+) -> str:
+    """Say why no exact loss was chosen."""
+    reasons = []
+    for name in EXACT:
+        if name in slowdown:
+            reasons.append(f"takes {slowdown[name]:.1f} times as long as {fastest}")
+        elif name in costs:
+            reasons.append("does not fit")
+        else:
+            reasons.append("was not tried")
+    found = ", ".join(f"{name} {reason}" for name, reason in zip(EXACT, reasons, strict=True))
+    return f"of the exact losses, {found} (at most {max_slowdown:g} times is worth it)"
+
+
+def _doubling(most: int) -> Iterator[int]:
+    """Yield 1, 2, 4, ... up to ``most``."""
+    number = 1
+    while number <= most:
+        yield number
+        number *= 2
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:,.1f} GB"
