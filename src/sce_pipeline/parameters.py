@@ -15,6 +15,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -284,6 +286,16 @@ LossParameters = Annotated[
     | RECEParameters,
     Field(discriminator="name"),
 ]
+
+
+def read_loss(values: dict[str, Any]) -> LossParameters:
+    """Return the parameters of the loss that ``values`` name.
+
+    Raises:
+        ValidationError: A key is unknown or a value out of range.
+    """
+    adapter: TypeAdapter[LossParameters] = TypeAdapter(LossParameters)
+    return adapter.validate_python(values)
 
 
 class TrainingParameters(Parameters):
@@ -657,13 +669,20 @@ class RunParameters(Parameters):
         cls, profiling: ProfilingParameters, info: ValidationInfo
     ) -> ProfilingParameters:
         presets = info.data.get("loss_presets", {})
-        chosen = {"grid": profiling.grid.losses, "suggestion": profiling.suggestion.losses}
-        for group, names in chosen.items():
-            if unknown := [name for name in names if name not in presets]:
+        chosen: list[tuple[str, str, dict[str, Any]]] = [
+            *(("grid", name, {}) for name in profiling.grid.losses),
+            *(("suggestion", *loss) for loss in profiling.suggestion.losses.items()),
+        ]
+        for group, name, changes in chosen:
+            place = f"{group}.losses.{name}"
+            if name not in presets:
                 raise ValueError(
-                    f"{group}.losses: there is no preset {unknown[0]!r}; "
-                    f"choose of {', '.join(presets)}"
+                    f"{place}: there is no preset {name!r}; choose of {', '.join(presets)}"
                 )
+            try:
+                read_loss({**presets[name], **changes})
+            except ValidationError as error:
+                raise ValueError(f"{place}: {error}") from error
         return profiling
 
     @model_validator(mode="after")

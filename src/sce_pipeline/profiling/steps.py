@@ -16,7 +16,7 @@ from sce_pipeline.profiling.limits import forget, is_out_of_memory, memory_is_fi
 from sce_pipeline.profiling.memory import Memory, MemoryClock, break_down, meter_for
 from sce_pipeline.training.clock import Clock
 from sce_pipeline.training.encoder import Encoder
-from sce_pipeline.training.fit import build_trainer
+from sce_pipeline.training.fit import build_trainer, describe_hardware
 from sce_pipeline.training.ranks import alone
 from sce_pipeline.training.trainer import Trainer
 
@@ -55,6 +55,11 @@ class Cost:
 def device_of(parameters: TrainingParameters) -> torch.device:
     """Return the device that training would take."""
     return choose_device(parameters.accelerator, "training.accelerator")
+
+
+def describe_device(device: torch.device) -> str:
+    """Name a device."""
+    return describe_hardware(alone(device))
 
 
 def on_one_device(

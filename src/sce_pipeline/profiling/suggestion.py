@@ -7,7 +7,6 @@ own that is then added to the sum.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -41,14 +40,20 @@ class Need(NamedTuple):
         table: Bytes of the item table.
         rest: Bytes of all other weights.
         working: Bytes that a step takes beside the state when a device computes it at once.
-        batch_size: Sequences in a step.
+        batch: How large a step is, in the unit of ``batch_name``.
+        batch_name: The parameter of training that says so.
+        n_sequences: Sequences of a step, at least.
+        n_parts: Parts in which a step did not fit.
     """
 
     free: int
     table: int
     rest: int
     working: int
-    batch_size: int
+    batch: int
+    batch_name: str
+    n_sequences: int
+    n_parts: int
 
 
 def choose_loss(costs: Mapping[str, Cost | None], max_slowdown: float) -> Choice | None:
@@ -90,28 +95,32 @@ def choose_loss(costs: Mapping[str, Cost | None], max_slowdown: float) -> Choice
 
 
 def settle_sizes(need: Need) -> dict[str, Any] | None:
-    """Return settings with which CCE fits that did not, None if no number of devices suffices.
+    """Return settings of training with which CCE fits, None if no number of devices suffices.
 
     On as few devices as possible, which share the item table if there are several: a step in parts,
     which leaves the result as it is, or else a smaller batch.
 
     Args:
-        need: What was measured with the settings that did not fit.
+        need: What was measured with settings that did not fit.
     """
     usable = USABLE * need.free
-    for devices in _doubling(need.batch_size):
+    for devices in _doubling(need.n_sequences):
         shared = {"devices": devices, "item_table": "sharded"} if devices > 1 else {}
-        table = need.table / devices
+        table, working = need.table / devices, need.working / devices
         state = COPIES * (table + need.rest)
-        own = need.working / devices
-        for parts in _doubling(need.batch_size // devices):
-            if parts == 1 and state + own <= usable and devices > 1:
-                return shared
-            if parts > 1 and state + table + own / parts <= usable:
+        parts_left = [
+            parts
+            for parts in _doubling(need.n_sequences // devices)
+            if devices > 1 or parts > need.n_parts
+        ]
+        for parts in parts_left:
+            another_gradient = table if parts > 1 else 0
+            if state + another_gradient + working / parts <= usable:
                 return {**shared, "accumulation_steps": parts}
-        for parts in _doubling(need.batch_size // devices):
-            if parts > 1 and state + own / parts <= usable:
-                return {**shared, "batch_size": need.batch_size // parts, "accumulation_steps": 1}
+        for parts in parts_left:
+            if state + working / parts <= usable:
+                smaller = {need.batch_name: need.batch // parts}
+                return {**shared, **smaller, "accumulation_steps": 1}
     return None
 
 
@@ -131,13 +140,12 @@ def explain_sizes(need: Need, settings: Mapping[str, Any] | None) -> str:
     devices = settings.get("devices", 1)
     remedies = []
     if devices > 1:
-        each = math.ceil(COPIES * need.table / devices)
-        remedies.append(f"{devices} devices hold {_gigabytes(each)} of the item table's each")
-    if settings.get("accumulation_steps", 1) > 1:
-        parts = settings["accumulation_steps"]
+        each = _gigabytes(COPIES * need.table / devices)
+        remedies.append(f"each of {devices} devices holds {each} of what the item table takes")
+    if (parts := settings["accumulation_steps"]) > 1:
         remedies.append(f"a step in {parts} parts needs {parts} times less memory for the batch")
-    if "batch_size" in settings:
-        remedies.append(f"a batch of {settings['batch_size']} needs less memory for itself")
+    if (batch := settings.get(need.batch_name)) is not None:
+        remedies.append(f"a {need.batch_name} of {batch:,} rather than {need.batch:,} needs less")
     return f"{why}; {', and '.join(remedies)}"
 
 
@@ -168,5 +176,5 @@ def _doubling(most: int) -> Iterator[int]:
         number *= 2
 
 
-def _gigabytes(n_bytes: int) -> str:
+def _gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:,.1f} GB"
