@@ -139,7 +139,10 @@ def _time(
 
 
 class _Steps:
-    """Steps of one epoch after the other, as many as are taken."""
+    """Steps of one epoch after the other, as many as are taken.
+
+    An epoch's last step has what is left of the data and is not taken, unless it is the only one.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -147,7 +150,7 @@ class _Steps:
 
     def take(self, clock: Clock) -> None:
         """Take a step under a clock of its own."""
-        if self._epoch.done == self._epoch.n_steps:
+        if self._epoch.done == max(1, self._epoch.n_steps - 1):
             self._start(self._epoch.number + 1)
         self._epoch.clock = clock
         clock.start()

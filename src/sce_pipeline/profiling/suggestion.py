@@ -2,7 +2,7 @@
 
 State is four copies of every weight in float32: the weight, its gradient and Adam's two moments. A
 step in several parts adds a fifth copy of the item table, since each part makes a gradient of its
-own that is then added to the sum.
+own that is then added to the sum. A CPU's Adam takes two more for a moment, which is not counted.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def _tabulate(losses: list[dict[str, Any]]) -> Table:
         if not loss["fits"]:
             table.add_row(loss["loss"], "does not fit")
             continue
-        sizes = [_number(loss["allocated_mb"][part]) for part in COLUMNS]
-        table.add_row(loss["loss"], _number(loss["epoch_seconds"]), *sizes)
+        sizes = [f"{loss['allocated_mb'][part]:,.1f}" for part in COLUMNS]
+        table.add_row(loss["loss"], _seconds(loss["epoch_seconds"]), *sizes)
     return table
 
 
@@ -59,9 +59,8 @@ def _describe_batch(batch: Mapping[str, Any]) -> str:
     return size if parts == 1 else f"{size} in {parts} parts"
 
 
-def _number(value: float) -> str:
-    """Write a number with three digits at least, and all those before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"  # noqa: PLR2004
 
 
 def _sentence(text: str) -> str:
