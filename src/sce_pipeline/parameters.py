@@ -5,9 +5,10 @@ The defaults live in ``conf/base``, not here, so that every value in force can b
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -488,24 +489,29 @@ class ProfilingEffort(Parameters):
     max_step_seconds: PositiveFloat
 
 
-Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Value = TypeVar("Value")
+
+
+def _check_distinct(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected distinct values, got {', '.join(map(str, values))}")
+    return values
+
+
+LossNames = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_check_distinct)]
+"""Names of presets of losses."""
+
+Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_check_distinct)]
+"""Numbers to try, one by one."""
 
 
 class ProfilingGrid(Parameters):
     """Sizes at which every one of ``losses`` is measured: catalogues and batches of sequences."""
 
-    losses: Annotated[tuple[str, ...], Field(min_length=1)]
+    losses: LossNames
     n_items: Sizes
     batch_size: Sizes
     length: PositiveInt
-
-    @field_validator("losses", "n_items", "batch_size")
-    @classmethod
-    def _check_distinct(cls, values: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
-        if len(set(values)) < len(values):
-            listed = ", ".join(map(str, values))
-            raise ValueError(f"{info.field_name} must be distinct, got {listed}")
-        return values
 
     @model_validator(mode="after")
     def _check_n_items(self) -> ProfilingGrid:
@@ -518,14 +524,19 @@ class ProfilingGrid(Parameters):
 
 
 class SuggestionParameters(Parameters):
-    """Which losses are tried for a suggestion.
+    """Which losses are tried for a suggestion, and which one is suggested.
 
-    ``losses`` have what is changed of their presets. An exact loss is suggested where its epoch
-    takes at most ``max_slowdown`` times as long as the fastest one.
+    ``changes`` are laid over the presets of ``losses``, by their names. An exact loss is suggested
+    where its epoch takes at most ``max_slowdown`` times as long as the fastest one's.
     """
 
-    losses: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    losses: LossNames
+    changes: dict[str, dict[str, Any]]
     max_slowdown: Annotated[float, Field(ge=1)]
+
+    def changes_of(self, loss: str) -> dict[str, Any]:
+        """What is laid over the preset of a loss."""
+        return self.changes.get(loss, {})
 
 
 class ProfilingParameters(Parameters):
@@ -669,20 +680,25 @@ class RunParameters(Parameters):
         cls, profiling: ProfilingParameters, info: ValidationInfo
     ) -> ProfilingParameters:
         presets = info.data.get("loss_presets", {})
-        chosen: list[tuple[str, str, dict[str, Any]]] = [
-            *(("grid", name, {}) for name in profiling.grid.losses),
-            *(("suggestion", *loss) for loss in profiling.suggestion.losses.items()),
-        ]
-        for group, name, changes in chosen:
-            place = f"{group}.losses.{name}"
-            if name not in presets:
-                raise ValueError(
-                    f"{place}: there is no preset {name!r}; choose of {', '.join(presets)}"
-                )
-            try:
-                read_loss({**presets[name], **changes})
-            except ValidationError as error:
-                raise ValueError(f"{place}: {error}") from error
+        suggestion = profiling.suggestion
+        named: dict[str, dict[str, dict[str, Any]]] = {
+            "grid.losses": {name: {} for name in profiling.grid.losses},
+            "suggestion.losses": {name: suggestion.changes_of(name) for name in suggestion.losses},
+            "suggestion.changes": suggestion.changes,
+        }
+        for place, losses in named.items():
+            for name, changes in losses.items():
+                if name not in presets:
+                    raise ValueError(
+                        f"{place} has {name!r}, but there is no such preset; "
+                        f"choose of {', '.join(presets)}"
+                    )
+                try:
+                    read_loss({**presets[name], **changes})
+                except ValidationError as error:
+                    raise ValueError(
+                        f"{place} has {name!r}, whose values are bad: {error}"
+                    ) from error
         return profiling
 
     @model_validator(mode="after")

@@ -159,13 +159,13 @@ def _why_not_exact(
     reasons = []
     for name in EXACT:
         if name in slowdown:
-            reasons.append(f"takes {slowdown[name]:.1f} times as long as {fastest}")
+            times = f"{slowdown[name]:.1f} times as long as {fastest}"
+            reasons.append(f"{name} takes {times}, more than {max_slowdown:g}")
         elif name in costs:
-            reasons.append("does not fit")
+            reasons.append(f"{name} does not fit")
         else:
-            reasons.append("was not tried")
-    found = ", ".join(f"{name} {reason}" for name, reason in zip(EXACT, reasons, strict=True))
-    return f"of the exact losses, {found} (at most {max_slowdown:g} times is worth it)"
+            reasons.append(f"{name} was not tried")
+    return f"of the exact losses, {' and '.join(reasons)}"
 
 
 def _doubling(most: int) -> Iterator[int]:

@@ -35,7 +35,9 @@ def measure_losses(
 ) -> Candidates:
     """Take some steps of an epoch on the data set with each loss."""
     check_stamp(train_sequences, data_processing)
-    losses = choose_losses(profiling.suggestion.losses, loss_presets, training.loss)
+    suggestion = profiling.suggestion
+    changes = {name: suggestion.changes_of(name) for name in suggestion.losses}
+    losses = choose_losses(changes, loss_presets, training.loss)
     return measure_candidates(train_sequences, losses, training, profiling.effort)
 
 
@@ -78,7 +80,7 @@ def _choose(
     choice = choose_loss(found.costs, suggestion.max_slowdown)
     if choice is not None:
         own = choice.loss == training.loss.name
-        changes = {} if own else suggestion.losses[choice.loss]
+        changes = {} if own else suggestion.changes_of(choice.loss)
         return choice.loss, _prefix("training.loss", changes), choice.reason
     if found.need is None:
         return None, {}, "not even one sequence at a time fits; lower data_processing.max_length"
