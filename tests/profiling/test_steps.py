@@ -106,9 +106,9 @@ def test_a_loss_that_does_not_fit_leaves_nothing_behind(monkeypatch):
         gc.disable()  # so that nothing else can take it away
         try:
             assert measure() is None
+            assert [reference() for reference in left] == [None]
         finally:
             gc.enable()
-    assert [reference() for reference in left] == [None]
     assert measure() is not None
 
 
