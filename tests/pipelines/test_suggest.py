@@ -46,7 +46,9 @@ def read(project):
     return json.loads((folder / "suggestion.json").read_text()), (folder / "report.txt").read_text()
 
 
-def test_a_data_set_gets_a_suggestion_by_what_fits_and_then_by_what_would(project, monkeypatch):
+def test_a_data_set_gets_a_suggestion_by_what_fits_and_then_by_what_would(
+    project, monkeypatch, capsys
+):
     project.write_log("walk", make_log(n_users=40, n_items=12, length=8))
     suggest(project, "data_processing")
     found, report = read(project)
@@ -60,6 +62,7 @@ def test_a_data_set_gets_a_suggestion_by_what_fits_and_then_by_what_would(projec
         assert sum(memory.values()) == pytest.approx(2 * memory["peak"])
     assert found["recommendation"]["loss"] == "cce"
     assert "kedro run --params dataset=walk,loss=cce" in report
+    assert report in capsys.readouterr().out
 
     monkeypatch.setattr(CCE, "_mean_loss", run_out_of_memory)
     suggest(project)
@@ -135,7 +138,7 @@ def test_the_report_has_every_loss_with_its_parts_and_the_reason(caplog):
     assert "1.20 times as long as with sce" in " ".join(lines)
     assert "…" not in report
     assert max(map(len, report.splitlines())) <= 80
-    assert report in caplog.text
+    assert "shop: cce, since it is exact" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from preset_losses import EFFORT, PRESETS, loss_of
 from pydantic import ValidationError
-from settings import EFFORT, PRESETS, loss_of
 
 from helpers import make_training
 from sce_pipeline.losses.cce import CCE

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from settings import EFFORT, loss_of
+from preset_losses import EFFORT, loss_of
 
 from helpers import make_training
 from sce_pipeline.losses.ce import CE

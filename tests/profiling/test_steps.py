@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from settings import EFFORT, PRESETS, loss_of
+from preset_losses import EFFORT, PRESETS, loss_of
 
 from helpers import make_training
 from sce_pipeline.losses import LOSSES

@@ -67,10 +67,11 @@ def suggest_settings(
 
 
 def report_suggestion(suggestion: dict[str, Any]) -> str:
-    """Write a suggestion out as text, in the log too."""
-    report = write_suggestion(suggestion)
-    logger.info("what suits %s:\n%s", suggestion["dataset"], report)
-    return report
+    """Write a suggestion out as text, and its outcome into the log."""
+    advice = suggestion["recommendation"]
+    loss = advice["loss"] or "no loss"
+    logger.info("%s: %s, since %s", suggestion["dataset"], loss, advice["reason"])
+    return write_suggestion(suggestion)
 
 
 def _choose(
