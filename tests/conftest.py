@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -44,6 +45,15 @@ class Project:
     def versions(self, *parts: str) -> list[Path]:
         """All versions of a versioned file, oldest first."""
         return sorted(self.path(*parts).glob(f"*/{parts[-1]}"))
+
+
+@pytest.fixture(scope="module")
+def frozen_heap():
+    """Let collections of garbage pass over all that is there by now, which takes most of them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 GROUPS = ("data_processing", "training", "evaluation", "synthetic")
 """Groups of parameters that have defaults and may have a preset."""
 
+REPORTS = ("run_report", "suggestion_report")
+"""Outputs that are printed at the end."""
+
 WORTH_A_LINE = 0.1
 """Seconds from which on the cost of a node is logged."""
 
@@ -160,18 +163,19 @@ class CheckpointHooks:
 
 
 class ReportHooks:
-    """Print the run's report when everything is done, where nothing scrolls it away."""
+    """Print the reports of a run when everything is done, where nothing scrolls it away."""
 
     def __init__(self) -> None:
-        self._report: str | None = None
+        self._reports: list[str] = []
 
     @hook_impl
     def after_node_run(self, outputs: dict[str, Any]) -> None:
-        """Keep the report."""
-        self._report = outputs.get("run_report", self._report)
+        """Keep a report."""
+        self._reports += [outputs[name] for name in REPORTS if name in outputs]
 
     @hook_impl
     def after_pipeline_run(self) -> None:
-        """Print it, as text that means nothing but itself."""
-        if self._report is not None:
-            get_console().print(self._report, markup=False, highlight=False, soft_wrap=True)
+        """Print them, as text that means nothing but itself."""
+        for report in self._reports:
+            get_console().print(report, markup=False, highlight=False, soft_wrap=True)
+        self._reports = []

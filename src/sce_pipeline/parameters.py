@@ -5,9 +5,10 @@ The defaults live in ``conf/base``, not here, so that every value in force can b
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,6 +16,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -286,6 +289,16 @@ LossParameters = Annotated[
 ]
 
 
+def read_loss(values: dict[str, Any]) -> LossParameters:
+    """Return the parameters of the loss that ``values`` name.
+
+    Raises:
+        ValidationError: A key is unknown or a value out of range.
+    """
+    adapter: TypeAdapter[LossParameters] = TypeAdapter(LossParameters)
+    return adapter.validate_python(values)
+
+
 class TrainingParameters(Parameters):
     """How a model is trained.
 
@@ -468,6 +481,72 @@ class ComparisonParameters(Parameters):
         return pairs
 
 
+class ProfilingEffort(Parameters):
+    """How many steps are timed; where one takes longer than ``max_step_seconds``, a single one."""
+
+    n_warm_up_steps: NonNegativeInt
+    n_steps: PositiveInt
+    max_step_seconds: PositiveFloat
+
+
+Value = TypeVar("Value")
+
+
+def _check_distinct(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected distinct values, got {', '.join(map(str, values))}")
+    return values
+
+
+LossNames = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_check_distinct)]
+"""Names of presets of losses."""
+
+Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_check_distinct)]
+"""Numbers to try, one by one."""
+
+
+class ProfilingGrid(Parameters):
+    """Sizes at which every one of ``losses`` is measured: catalogues and batches of sequences."""
+
+    losses: LossNames
+    n_items: Sizes
+    batch_size: Sizes
+    length: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_n_items(self) -> ProfilingGrid:
+        if min(self.n_items) < self.length + 2:
+            raise ValueError(
+                f"n_items must be at least length + 2 = {self.length + 2}, so that there is an "
+                f"item that a user does not have; got {min(self.n_items)}"
+            )
+        return self
+
+
+class SuggestionParameters(Parameters):
+    """Which losses are tried for a suggestion, and which one is suggested.
+
+    ``changes`` are laid over the presets of ``losses``, by their names. An exact loss is suggested
+    where its epoch takes at most ``max_slowdown`` times as long as the fastest one's.
+    """
+
+    losses: LossNames
+    changes: dict[str, dict[str, Any]]
+    max_slowdown: Annotated[float, Field(ge=1)]
+
+    def changes_of(self, loss: str) -> dict[str, Any]:
+        """What is laid over the preset of a loss."""
+        return self.changes.get(loss, {})
+
+
+class ProfilingParameters(Parameters):
+    """What losses cost on this device: over a grid of sizes, and at those of the data set."""
+
+    effort: ProfilingEffort
+    grid: ProfilingGrid
+    suggestion: SuggestionParameters
+
+
 class DatasetPreset(Parameters):
     """What a data set's preset may say; the values within a group are checked once merged."""
 
@@ -580,6 +659,7 @@ class RunParameters(Parameters):
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]
     split_presets: dict[str, Any]
+    profiling: ProfilingParameters
     sweep: str | None
     sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sweep]
     sweep_options: SweepOptions
@@ -593,6 +673,33 @@ class RunParameters(Parameters):
         if chosen is not None and chosen not in sweeps:
             raise ValueError(f"there is no sweep {chosen!r}; choose one of {', '.join(sweeps)}")
         return sweeps
+
+    @field_validator("profiling")
+    @classmethod
+    def _check_profiled_losses(
+        cls, profiling: ProfilingParameters, info: ValidationInfo
+    ) -> ProfilingParameters:
+        presets = info.data.get("loss_presets", {})
+        suggestion = profiling.suggestion
+        named: dict[str, dict[str, dict[str, Any]]] = {
+            "grid.losses": {name: {} for name in profiling.grid.losses},
+            "suggestion.losses": {name: suggestion.changes_of(name) for name in suggestion.losses},
+            "suggestion.changes": suggestion.changes,
+        }
+        for place, losses in named.items():
+            for name, changes in losses.items():
+                if name not in presets:
+                    raise ValueError(
+                        f"{place} has {name!r}, but there is no such preset; "
+                        f"choose of {', '.join(presets)}"
+                    )
+                try:
+                    read_loss({**presets[name], **changes})
+                except ValidationError as error:
+                    raise ValueError(
+                        f"{place} has {name!r}, whose values are bad: {error}"
+                    ) from error
+        return profiling
 
     @model_validator(mode="after")
     def _check_selection(self) -> RunParameters:

@@ -30,18 +30,21 @@ class Encoder:
 
     Args:
         encode: ``Backbone.encode``, under the precision wanted.
+
+    Attributes:
+        encode: The same.
     """
 
     room: Tensor | None = None
     """Where the derivative by the last hidden states is best laid, [slots, d]; None is anywhere."""
 
     def __init__(self, encode: Encode) -> None:
-        self._encode = encode
+        self.encode = encode
 
     def forward(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> Tensor:
         """Return the hidden states of ``embedded``, [slots, d], with no graph attached."""
         self._embedded = embedded.requires_grad_()
-        self._hidden = self._encode(self._embedded, packing, *_given(masked))
+        self._hidden = self.encode(self._embedded, packing, *_given(masked))
         return self._hidden.detach()
 
     def backward(self, gradient: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ class ReplayedEncoder(Encoder):
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
             for _ in range(WARM_UP_RUNS):
-                found = self._encode(embedded, packing, *_given(masked))
+                found = self.encode(embedded, packing, *_given(masked))
                 self._derive(found, hidden, embedded)
             del found
         torch.cuda.current_stream().wait_stream(self._stream)
@@ -145,7 +148,7 @@ class ReplayedEncoder(Encoder):
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options: dict[str, Any] = {"pool": self._pool.id, "stream": self._stream}
         with torch.cuda.graph(forward, **options):
-            found = self._encode(embedded, packing, *_given(masked))
+            found = self.encode(embedded, packing, *_given(masked))
             hidden.copy_(found.detach())
         with torch.cuda.graph(backward, **options):
             derivative = self._derive(found, hidden, embedded)

@@ -140,6 +140,60 @@ def train(ranks: Ranks, task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return run.best_weights, _record(run.facts, run.history, parameters)
 
 
+def build_trainer(
+    train_sequences: Sequences, parameters: TrainingParameters, ranks: Ranks
+) -> Trainer:
+    """Put together what the steps of one of ``ranks`` are taken with.
+
+    Args:
+        train_sequences: Training items, windows and the size of the catalogue.
+        parameters: Model, loss and optimisation.
+        ranks: The processes that train together.
+
+    Raises:
+        ValueError: The sequences hold no window or ids outside the catalogue.
+    """
+    torch.manual_seed(parameters.seed)  # the same weights on all ranks
+    n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
+    if parameters.item_table == "sharded":
+        items = item_range(n_items, ranks.rank, ranks.world)
+        rows = initial_rows(items, n_items, parameters.model.hidden_size, parameters.seed)
+        model = build_model(parameters.model, 1, max_length)  # the rest is the same everywhere
+        model.item_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+        model.to(ranks.device)
+        table: ItemTable = ShardedItemTable(model.item_embeddings, ranks, n_items)
+    else:
+        model = build_model(parameters.model, n_items, max_length).to(ranks.device)
+        table = ItemTable(model.item_embeddings, ranks)
+    loss = build_loss(parameters.loss)
+    if loss.needs_item_counts:
+        taken = torch.from_numpy(train_sequences["items"])
+        loss.use_item_counts(torch.bincount(taken, minlength=n_items))
+    half = _is_half(parameters, ranks.device)
+    batches = TrainingBatches(
+        train_sequences,
+        ranks.device,
+        batch_size=parameters.batch_size,
+        batch_tokens=parameters.batch_tokens,
+        accumulation_steps=parameters.accumulation_steps,
+        seed=parameters.seed,
+        with_histories=loss.needs_histories,
+        rank=ranks.rank,
+        n_ranks=ranks.world,
+        round_up=round_up if can_replay(model, ranks.device, half) else None,
+        draw_mask=_mask_of(parameters.model),
+    )
+    return Trainer(
+        model,
+        table,
+        loss.to(ranks.device),
+        batches,
+        parameters,
+        ranks,
+        half=half,
+    )
+
+
 class _Run:
     """What one process holds while it trains."""
 
@@ -147,45 +201,9 @@ class _Run:
         train_sequences, parameters = task.train_sequences, task.parameters
         self.ranks = ranks
         self.parameters = parameters
-        torch.manual_seed(parameters.seed)  # the same weights on all ranks
-        n_items, max_length = (int(train_sequences[key][0]) for key in ("n_items", "max_length"))
-        if parameters.item_table == "sharded":
-            items = item_range(n_items, ranks.rank, ranks.world)
-            rows = initial_rows(items, n_items, parameters.model.hidden_size, parameters.seed)
-            model = build_model(parameters.model, 1, max_length)  # the rest is the same everywhere
-            model.item_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
-            model.to(ranks.device)
-            table: ItemTable = ShardedItemTable(model.item_embeddings, ranks, n_items)
-        else:
-            model = build_model(parameters.model, n_items, max_length).to(ranks.device)
-            table = ItemTable(model.item_embeddings, ranks)
-        loss = build_loss(parameters.loss)
-        if loss.needs_item_counts:
-            taken = torch.from_numpy(train_sequences["items"])
-            loss.use_item_counts(torch.bincount(taken, minlength=n_items))
-        half = _is_half(parameters, ranks.device)
-        self.batches = TrainingBatches(
-            train_sequences,
-            ranks.device,
-            batch_size=parameters.batch_size,
-            batch_tokens=parameters.batch_tokens,
-            accumulation_steps=parameters.accumulation_steps,
-            seed=parameters.seed,
-            with_histories=loss.needs_histories,
-            rank=ranks.rank,
-            n_ranks=ranks.world,
-            round_up=round_up if can_replay(model, ranks.device, half) else None,
-            draw_mask=_mask_of(parameters.model),
-        )
-        self.trainer = Trainer(
-            model,
-            table,
-            loss.to(ranks.device),
-            self.batches,
-            parameters,
-            ranks,
-            half=half,
-        )
+        self.trainer = build_trainer(train_sequences, parameters, ranks)
+        self.batches = self.trainer.batches
+        model, table = self.trainer.model, self.trainer.table
         self.validation = Validation(
             model, task.validation_sequences, task.filter_seen, table, ranks
         )
@@ -193,10 +211,10 @@ class _Run:
         self.history = History()
         self.best_weights: dict[str, Tensor] = {}
         self.facts = {
-            "n_items": n_items,
+            "n_items": int(train_sequences["n_items"][0]),
             "n_windows": self.batches.n_windows,
             "n_tokens": self.batches.n_tokens,
-            "device": _describe(ranks),
+            "device": describe_hardware(ranks),
             "precision": "bf16-mixed" if self.trainer.half else "32-true",
         }
         self._saved_at, self._saving_took = -math.inf, 0.0
@@ -363,8 +381,8 @@ def _is_half(parameters: TrainingParameters, device: torch.device) -> bool:
     return parameters.precision == "bf16-mixed"
 
 
-def _describe(ranks: Ranks) -> str:
-    """Name the hardware."""
+def describe_hardware(ranks: Ranks) -> str:
+    """Name what ``ranks`` compute on."""
     if ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(ranks.device)
     else:

@@ -1,0 +1,180 @@
+"""Which loss and which settings suit a data set on this device, from what steps were seen to cost.
+
+State is four copies of every weight in float32: the weight, its gradient and Adam's two moments. A
+step in several parts adds a fifth copy of the item table, since each part makes a gradient of its
+own that is then added to the sum. A CPU's Adam takes two more for a moment, which is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from sce_pipeline.profiling.steps import Cost
+
+EXACT = ("cce", "ce")
+"""Losses that are the cross-entropy over all items, the first one first."""
+
+SCALABLE = ("cce_minus", "sce")
+"""Losses for catalogues that are too large for those."""
+
+COPIES = 4
+"""Of a weight: itself, its gradient and Adam's moments."""
+
+USABLE = 0.9
+"""Share of the memory that is planned with; an allocator cannot make use of all."""
+
+
+class Choice(NamedTuple):
+    """A loss and why it was chosen."""
+
+    loss: str
+    reason: str
+
+
+class Need(NamedTuple):
+    """What decides whether training fits.
+
+    Attributes:
+        free: Bytes that a device has.
+        table: Bytes of the item table.
+        rest: Bytes of all other weights.
+        working: Bytes that a step takes beside the state when a device computes it at once.
+        batch: How large a step is, in the unit of ``batch_name``.
+        batch_name: The parameter of training that says so.
+        n_sequences: Sequences of a step, at least.
+        n_parts: Parts in which a step did not fit.
+    """
+
+    free: int
+    table: int
+    rest: int
+    working: int
+    batch: int
+    batch_name: str
+    n_sequences: int
+    n_parts: int
+
+
+def choose_loss(costs: Mapping[str, Cost | None], max_slowdown: float) -> Choice | None:
+    """Return the loss to train with, None if none fits.
+
+    An exact one whose epoch takes at most ``max_slowdown`` times as long as the fastest one's; else
+    the faster one of those that scale; else an exact one that is slow, and else the fastest.
+
+    Args:
+        costs: What steps of each loss cost, None where they do not fit.
+        max_slowdown: At least 1.
+    """
+    seconds = {name: cost.epoch_seconds for name, cost in costs.items() if cost is not None}
+    if not seconds:
+        return None
+    fastest = min(seconds, key=seconds.__getitem__)
+    slowdown = {name: seconds[name] / seconds[fastest] for name in seconds}
+    exact = [name for name in EXACT if name in seconds]
+    for name in exact:
+        if name == fastest:
+            return Choice(name, "it is exact, over all items, and no other loss is faster here")
+        if slowdown[name] <= max_slowdown:
+            return Choice(
+                name,
+                f"it is exact, over all items, and an epoch takes {slowdown[name]:.2f} times as "
+                f"long as with {fastest}, the fastest; up to {max_slowdown:g} times is worth it",
+            )
+    why_not = _why_not_exact(costs, slowdown, fastest, max_slowdown)
+    scalable = [name for name in SCALABLE if name in seconds]
+    if scalable:
+        name = min(scalable, key=seconds.__getitem__)
+        others = [other for other in scalable if other != name]
+        faster = f" and is faster here than {others[0]}" if others else ""
+        return Choice(name, f"{why_not}; {name} scales with the catalogue{faster}")
+    if exact:
+        name = min(exact, key=seconds.__getitem__)
+        return Choice(name, f"{why_not}, but neither {' nor '.join(SCALABLE)} fits here")
+    return Choice(fastest, f"{why_not}; {fastest} is the fastest loss that fits")
+
+
+def settle_sizes(need: Need) -> dict[str, Any] | None:
+    """Return settings of training with which CCE fits, None if no number of devices suffices.
+
+    On as few devices as possible, which share the item table if there are several: a step in parts,
+    which leaves the result as it is, or else a smaller batch.
+
+    Args:
+        need: What was measured with settings that did not fit.
+    """
+    usable = USABLE * need.free
+    for devices in _doubling(need.n_sequences):
+        shared = {"devices": devices, "item_table": "sharded"} if devices > 1 else {}
+        table, working = need.table / devices, need.working / devices
+        state = COPIES * (table + need.rest)
+        parts_left = [
+            parts
+            for parts in _doubling(need.n_sequences // devices)
+            if devices > 1 or parts > need.n_parts
+        ]
+        for parts in parts_left:
+            another_gradient = table if parts > 1 else 0
+            if state + another_gradient + working / parts <= usable:
+                return {**shared, "accumulation_steps": parts}
+        for parts in parts_left:
+            if state + working / parts <= usable:
+                smaller = {need.batch_name: need.batch // parts}
+                return {**shared, **smaller, "accumulation_steps": 1}
+    return None
+
+
+def explain_sizes(need: Need, settings: Mapping[str, Any] | None) -> str:
+    """Say why nothing fits, and what the settings make of it."""
+    state = COPIES * (need.table + need.rest)
+    why = (
+        f"no loss fits: {COPIES} copies of the weights (with gradients and Adam's moments) take "
+        f"{_gigabytes(state)}, a step's batch about {_gigabytes(need.working)} more, and "
+        f"{_gigabytes(need.free)} are free"
+    )
+    if settings is None:
+        return (
+            f"{why}; no number of devices changes that with this batch: lower "
+            "training.model.hidden_size or drop rare items with data_processing.filters"
+        )
+    devices = settings.get("devices", 1)
+    remedies = []
+    if devices > 1:
+        each = _gigabytes(COPIES * need.table / devices)
+        remedies.append(f"each of {devices} devices holds {each} of what the item table takes")
+    if (parts := settings["accumulation_steps"]) > 1:
+        remedies.append(f"a step in {parts} parts needs {parts} times less memory for the batch")
+    if (batch := settings.get(need.batch_name)) is not None:
+        remedies.append(f"a {need.batch_name} of {batch:,} rather than {need.batch:,} needs less")
+    return f"{why}; {', and '.join(remedies)}"
+
+
+def _why_not_exact(
+    costs: Mapping[str, Cost | None],
+    slowdown: Mapping[str, float],
+    fastest: str,
+    max_slowdown: float,
+) -> str:
+    """Say why no exact loss was chosen."""
+    reasons = []
+    for name in EXACT:
+        if name in slowdown:
+            times = f"{slowdown[name]:.1f} times as long as {fastest}"
+            reasons.append(f"{name} takes {times}, more than {max_slowdown:g}")
+        elif name in costs:
+            reasons.append(f"{name} does not fit")
+        else:
+            reasons.append(f"{name} was not tried")
+    return f"of the exact losses, {' and '.join(reasons)}"
+
+
+def _doubling(most: int) -> Iterator[int]:
+    """Yield 1, 2, 4, ... up to ``most``."""
+    number = 1
+    while number <= most:
+        yield number
+        number *= 2
+
+
+def _gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:,.1f} GB"
