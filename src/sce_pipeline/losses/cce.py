@@ -16,6 +16,7 @@ from sce_pipeline.losses.base import (
     at_least_float32,
     check_tensors,
     chunks,
+    matmul,
     scaled,
 )
 from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
@@ -214,7 +215,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.zeros_like(item_embeddings, dtype=wide) if needed else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for chunk in chunks(n_tokens, n_items, hidden.device):
-            logits = (x[chunk] @ w.T).mul_(scale)
+            logits = matmul(x[chunk], w.T).mul_(scale)
             if bias is not None:
                 logits += bias
             log_sum = logits.logsumexp(1)
@@ -231,8 +232,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += by_logit.sum(0)
             by_product = by_logit.mul_(scale)
-            grad_hidden[chunk] = by_product @ w
-            grad_table += by_product.T @ x[chunk]
+            grad_hidden[chunk] = matmul(by_product, w)
+            grad_table += matmul(by_product.T, x[chunk])
         ctx.save_for_backward(grad_hidden, grad_table, grad_bias)
         ctx.dtypes = (hidden.dtype, item_embeddings.dtype, bias is not None and bias.dtype)
         ctx.n_tokens = n_tokens
@@ -333,5 +334,5 @@ def _weighted_sum(rows: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return rows.sum(0, dtype=torch.float32)
     n, d = rows.shape
-    parts = [weights[chunk] @ rows[chunk].float() for chunk in chunks(n, d, rows.device)]
+    parts = [matmul(weights[chunk], rows[chunk].float()) for chunk in chunks(n, d, rows.device)]
     return torch.stack(parts).sum(0)
