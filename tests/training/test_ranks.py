@@ -248,10 +248,10 @@ def test_shards_of_different_states_are_never_joined(tmp_path, three_ranks, dama
     (tmp_path / "000005" / damaged).unlink()
     assert joined_numbers(task) == {4.0}
     unfinished = task._replace(parameters=parameters.model_copy(update={"max_epochs": 5}))
-    with pytest.raises(CheckpointError, match="its last state could not be left in .* or is dam"):
+    with pytest.raises(CheckpointError, match=r"its last state could not be left in .* or is dam"):
         fit_module._collect(unfinished)
     (tmp_path / "000004" / "rank_1.pt").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read; remove"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read; remove"):
         fit_module._collect(task)
 
 
