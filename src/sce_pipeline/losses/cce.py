@@ -24,6 +24,20 @@ from sce_pipeline.losses.implementation import Implementation, compute_dtype, ta
 if TYPE_CHECKING:
     from sce_pipeline.losses.kernels.cce import Terms
 
+LARGEST_FLOAT32 = 128
+"""Largest d at which ``impl: auto`` always has the kernels take products of float32.
+
+On an H100, with each product in three of TF32, they take a third of PyTorch's time at d = 64 but
+1.7 times as long at d = 256 (25,600 tokens, 173,511 items).
+"""
+
+MOST_ITEMS = 2**20
+"""Items up to which PyTorch takes such products of a larger d.
+
+It goes through the table again for each chunk of tokens, and a chunk has the fewer the more items
+there are: 32 at this number, where that takes about as long as the products themselves.
+"""
+
 SMALLEST_NORM = 1e-12
 """What a shorter embedding is divided by when it is normalised, as in PyTorch."""
 
@@ -41,7 +55,8 @@ class CCE(Loss):
             that occurs nowhere counts once. Ranking is by the inner products alone.
         skip_mass: Softmax mass of a token that may be left out of its gradients, in blocks of items
             that have next to none; 0 leaves out nothing. See ``cut_cross_entropy``.
-        impl: Which implementation computes; see ``losses.implementation``.
+        impl: Which implementation computes; see ``losses.implementation``. ``auto`` takes PyTorch
+            on CUDA, too, for products of float32 where d > 128 and n_items <= 2**20.
     """
 
     def __init__(
@@ -137,7 +152,7 @@ def cut_cross_entropy(
         logit_scale: A positive number.
         normalized: Whether hidden states and items are divided by their Euclidean norms.
         skip_mass: δ, at least 0 and under 1.
-        impl: Which implementation computes; see ``losses.implementation``.
+        impl: Which implementation computes; see ``CCE``.
 
     Returns:
         A scalar, in float32 or, for float64 arguments, in float64. No token gives 0.
@@ -158,7 +173,7 @@ def cut_cross_entropy(
         offset = at_least_float32(log_probability.detach())
         bias = -offset if bias is None else bias - offset
     options = (label_smoothing, z_loss, logit_scale)
-    if takes_triton(impl, hidden, item_embeddings, deterministic=True):
+    if decides_for_triton(impl, hidden, item_embeddings):
         return _TwoPasses.apply(
             hidden, item_embeddings, bias, targets, (*options, normalized, skip_mass)
         )
@@ -166,6 +181,17 @@ def cut_cross_entropy(
         hidden = functional.normalize(hidden, dim=1, eps=SMALLEST_NORM)
         item_embeddings = functional.normalize(item_embeddings, dim=1, eps=SMALLEST_NORM)
     return _ChunkedCrossEntropy.apply(hidden, item_embeddings, bias, targets, options)
+
+
+def decides_for_triton(impl: Implementation, hidden: Tensor, item_embeddings: Tensor) -> bool:
+    """Return whether the Triton kernels compute exact cross-entropy; see ``takes_triton``."""
+    n_items, d = item_embeddings.shape
+    faster = (
+        compute_dtype(hidden, item_embeddings) != torch.float32
+        or d <= LARGEST_FLOAT32
+        or n_items > MOST_ITEMS
+    )
+    return takes_triton(impl, hidden, item_embeddings, deterministic=True, faster=faster)
 
 
 def check_numbers(

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from sce_pipeline.collectives import gather_rows, sum_rows
 from sce_pipeline.losses import shard_passes
 from sce_pipeline.losses.base import at_least_float32, check_tensors, scaled
-from sce_pipeline.losses.cce import check_numbers, check_per_item
-from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
+from sce_pipeline.losses.cce import check_numbers, check_per_item, decides_for_triton
+from sce_pipeline.losses.implementation import Implementation, compute_dtype
 from sce_pipeline.losses.shard_passes import LOG2_E, Parts
 
 
@@ -93,7 +93,7 @@ def sharded_cross_entropy(
         z_loss: At least 0.
         logit_scale: A positive number.
         skip_mass: δ, at least 0 and under 1.
-        impl: Which implementation computes; see ``losses.implementation``.
+        impl: Which implementation computes; see ``CCE``.
 
     Returns:
         A scalar, in float32 or, for float64 arguments, in float64. No token anywhere gives 0.
@@ -116,7 +116,7 @@ def sharded_cross_entropy(
         check_per_item("log_probability", log_probability, item_embeddings)
         wide = torch.promote_types(item_embeddings.dtype, torch.float32)
         bias = -log_probability.detach().to(wide).contiguous()
-    triton = takes_triton(impl, hidden, item_embeddings, deterministic=True)
+    triton = decides_for_triton(impl, hidden, item_embeddings)
     if not sum(counts):
         return at_least_float32(hidden.sum() + item_embeddings[:0].sum())
     options = Options(
