@@ -19,7 +19,9 @@ from sce_pipeline.losses.base import (
     matmul,
     scaled,
 )
+from sce_pipeline.losses.cast_table import casts_whole
 from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
+from sce_pipeline.losses.item_parts import Options, Shard, cross_entropy_in_parts
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.kernels.cce import Terms
@@ -35,7 +37,7 @@ MOST_ITEMS = 2**20
 """Items up to which PyTorch takes such products of a larger d.
 
 It goes through the table again for each chunk of tokens, and a chunk has the fewer the more items
-there are: 32 at this number, where that takes about as long as the products themselves.
+there are: 32 at this number, where both are estimated to take about as long.
 """
 
 SMALLEST_NORM = 1e-12
@@ -128,7 +130,8 @@ def cut_cross_entropy(
 
     With logits z = logit_scale·(x·w) + item_bias - log_probability and p their softmax, the loss of
     a token is ``(1 - ε)·(lse - z_target) + ε·(lse - mean z) + z_loss·lse²``. What stands whole are
-    the gradients, and, where autocast casts the table, its cast.
+    the gradients and, where autocast casts the table, its cast up to ``CAST_BYTES``; above that the
+    kernels have ranges of it cast, unless it is ``normalized`` or ``item_bias`` is learned.
 
     ``skip_mass`` δ leaves a block of items out of the gradients of a block of tokens if none of
     these tokens has more than the block's equal share of δ, δ / blocks, of its softmax there. A
@@ -174,6 +177,18 @@ def cut_cross_entropy(
         bias = -offset if bias is None else bias - offset
     options = (label_smoothing, z_loss, logit_scale)
     if decides_for_triton(impl, hidden, item_embeddings):
+        dtype = compute_dtype(hidden, item_embeddings)
+        is_learned = bias is not None and bias.requires_grad
+        if not (casts_whole(item_embeddings, dtype) or normalized or is_learned):
+            grad = torch.is_grad_enabled() and hidden.requires_grad
+            return cross_entropy_in_parts(
+                hidden,
+                item_embeddings,
+                bias,
+                targets,
+                Shard(0, len(item_embeddings), [len(hidden)], alone=True),
+                Options(*options, skip_mass, triton=True, grad=grad),
+            )
         return _TwoPasses.apply(
             hidden, item_embeddings, bias, targets, (*options, normalized, skip_mass)
         )
@@ -316,8 +331,9 @@ class _TwoPasses(torch.autograd.Function):
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None
         with_bias = ctx.needs_input_grad[2]
-        grad_table, grad_bias = kernels.table_pass(
-            x, w, targets, terms, sums, grad, of_table, grad_bias=with_bias
+        grad_table = torch.empty_like(w, dtype=of_table)
+        grad_bias = kernels.table_pass(
+            x, w, targets, terms, sums, grad, grad_table, grad_bias=with_bias
         )
         return grad_hidden, grad_table, grad_bias, None, None
 
