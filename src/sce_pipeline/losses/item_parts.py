@@ -1,4 +1,4 @@
-"""Exact cross-entropy over items in parts: those of the ranks, and of each ranges of rows.
+"""Exact cross-entropy over items in parts: those of the ranks, and of each, ranges of rows.
 
 Each rank passes over its own rows for everybody's tokens. For one token, that gives the logsumexp
 of its items and their mean by softmax; what ranks exchange are the hidden states, those logsumexps
