@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sce_pipeline.losses import LOSSES
-from sce_pipeline.losses.cce import cut_cross_entropy
+from sce_pipeline.losses.cce import _weighted_sum, cut_cross_entropy
 
 PLAIN = {
     "label_smoothing": 0.0,
@@ -96,6 +96,37 @@ def test_the_logits_never_stand_whole(make_batch, largest_tensor, monkeypatch):
     with largest_tensor() as largest:
         LOSSES["cce"](**PLAIN, impl="auto")(*batch).backward()
     assert largest.elements <= 300 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_factors_and_neither_logits_nor_gradients(make_batch, dtype):
+    batch = make_batch((40, 20), n_items=50, d=16, dtype=torch.float32)
+    rounded = [
+        part.detach().to(dtype).double().requires_grad_()
+        for part in (batch.hidden, batch.item_embeddings)
+    ]
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 2.0}
+    given = {**options, "normalized": False, "bias": torch.zeros(50)}
+    expected = oracle(*rounded, batch.targets, **given)
+    expected.backward()
+    with torch.autocast("cpu", dtype):
+        loss = cut_cross_entropy(batch.hidden, batch.item_embeddings, batch.targets, **options)
+    loss.backward()
+    found = [loss.detach(), *batch.gradients]
+    wanted = [expected.detach(), *(part.grad for part in rounded)]
+    for one, other in zip(found, wanted, strict=True):  # rounded logits err by 1e-3 and more
+        assert float((one.double() - other).norm() / other.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_sum_of_rows_under_autocast_is_not_rounded(weighted):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 8, generator=generator).bfloat16()
+    weights = torch.rand(300, generator=generator) if weighted else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _weighted_sum(rows, weights)
+    expected = (rows.double() * (1 if weights is None else weights.double()[:, None])).sum(0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_come_only_where_they_are_asked_for(make_batch):

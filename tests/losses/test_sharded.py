@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sce_pipeline.losses import shard_passes
+from sce_pipeline.losses import cast_table, shard_passes
 from sce_pipeline.losses.cce import cut_cross_entropy
 from sce_pipeline.losses.sharded import sharded_cross_entropy
 
@@ -149,6 +150,7 @@ CASES = {
     "everything": Case(biased=True, options=EVERYTHING),
     "everything, ±80": Case(biased=True, size=15.0, options=EVERYTHING),
     "everything, uneven": Case(biased=True, rows=(1, 9, 3), options=EVERYTHING),
+    "everything, long": Case(biased=True, rows=(1, 150, 20), options=EVERYTHING),
 }
 
 
@@ -188,6 +190,49 @@ def test_a_live_table_of_float32_under_autocast(impl, three_ranks):
     assert max(errors(together(three_ranks.run(compute, case)), oracle(case))) < tolerance
 
 
+def compute_in_ranges(
+    rank: int, case: Case, cast_bytes: int
+) -> tuple[tuple[Tensor, ...], list[int]]:
+    """What one rank gets where so many bytes of its rows may be cast at a time; sizes of casts."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype == torch.bfloat16:
+                sizes.append(result.numel() * 2)
+            return result
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(cast_table, "CAST_BYTES", cast_bytes)
+        return compute(rank, case), sizes
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize(
+    "name", ["plain", "nearly one-hot", "duplicate targets", "±80", "everything, long"]
+)
+@pytest.mark.parametrize("n_rows", [3, 130])
+def test_ranges_of_rows_give_what_the_whole_cast_does(n_rows, name, impl, three_ranks):
+    case = CASES[name]._replace(dtype=torch.float32, autocast=True, impl=impl, d=16)
+    cast_bytes = n_rows * 16 * (2 if impl == "triton" else 4)
+    answers = three_ranks.run(compute_in_ranges, case, cast_bytes)
+    got = together([found for found, _ in answers])
+    # What is cast besides are hidden states, sent to each of three ranks, and the tokens' targets.
+    others = 2 * 16 * 3 * max(case.counts)
+    assert all(max(sizes) <= max(cast_bytes, others) for _, sizes in answers)
+    tolerance = 1e-5 if impl == "torch" else 4e-3
+    assert max(errors(got, oracle(case))) < tolerance
+    whole = together(three_ranks.run(compute, case))
+    assert max(errors(got, tuple(part.double() for part in whole))) < tolerance
+
+
+def test_ranges_that_hold_a_token_s_target_alone_contribute_no_other_item(three_ranks):
+    case = Case(rows=(1, 1, 1), dtype=torch.float32, autocast=True, d=16)
+    answers = three_ranks.run(compute_in_ranges, case, 1)
+    assert max(errors(together([found for found, _ in answers]), oracle(case))) < 3e-6
+
+
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_the_same_inputs_give_the_same_bits(impl, three_ranks):
     case = Case(dtype=torch.float32, impl=impl, d=16, biased=True, options=EVERYTHING)
@@ -196,15 +241,26 @@ def test_the_same_inputs_give_the_same_bits(impl, three_ranks):
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_skipped_tiles_cost_no_more_than_the_bound(dtype, three_ranks):
+@pytest.mark.parametrize(
+    ("dtype", "in_ranges"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "ranges"],
+)
+def test_skipped_tiles_cost_no_more_than_the_bound(dtype, in_ranges, three_ranks):
     mass, tolerance = 0.1, 1e-5 if dtype == torch.float32 else 4e-3
     case = Case((100, 0, 140), (150, 450, 600), 16, 1.0, "groups", dtype, impl="triton")
+    if in_ranges:  # which there are of what is cast
+        case = case._replace(dtype=torch.float32, autocast=True)
     exact = together(three_ranks.run(compute, case))
     skipping = case._replace(options=options(skip_mass=mass))
-    skipped = together(three_ranks.run(compute, skipping))
+    if in_ranges:
+        answers = three_ranks.run(compute_in_ranges, skipping, 130 * 16 * 2)
+        skipped = together([found for found, _ in answers])
+        torch.testing.assert_close(skipped[0], exact[0])
+    else:
+        skipped = together(three_ranks.run(compute, skipping))
+        assert torch.equal(skipped[0], exact[0])
     x, w, *_ = (None if part is None else part.double() for part in draw(case))
-    assert torch.equal(skipped[0], exact[0])
     off_hidden, off_table = (
         # Of the sum over the tokens, not of a third of the mean.
         (one.double() - other.double()).norm(dim=1) * 3 * len(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from histories import HISTORIES, MAX_LENGTH, N_ITEMS, pack
+from histories import HISTORIES, MAX_LENGTH, N_ITEMS, away_from_zero, pack
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 from torch.nn import functional as F
@@ -28,6 +28,7 @@ SIZES = {
 LOSS_PRESETS = OmegaConf.load(ROOT / "conf/base/parameters/losses.yml").loss_presets
 
 each_model = pytest.mark.parametrize("name", MODELS)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def make_parameters(name, **changes):
@@ -200,3 +201,48 @@ def test_nothing_waits_for_the_device(name):
     embedded = model.embed(items)
     assert model.encode(embedded, packing).shape == (len(items), 12)
     assert model.encode_last(embedded, packing).shape == (len(HISTORIES), 12)
+
+
+def states_and_gradients(name, device, dtype, scale=1.0):
+    """States of all tokens and of what follows each history, and derivatives by all weights.
+
+    They are of a sum of random multiples of the states, about as large as ``scale``.
+    """
+    model = away_from_zero(make_model(name)).to(device, dtype)
+    items, packing = pack(*HISTORIES, device=device)
+    generator = torch.Generator().manual_seed(2)
+    embedded = model.embed(items)
+    if model.objective == "masked":
+        masked = draw_mask(packing.on_host, 0.2, 0.5, generator).to(device)
+        states = model.encode(embedded, packing, masked)
+    else:
+        states = model.encode(embedded, packing)
+    found = [states, model.encode_last(embedded, packing)]
+    weights = [torch.randn(part.shape, generator=generator).to(device, dtype) for part in found]
+    total = sum((part * w * scale).sum() for part, w in zip(found, weights, strict=True))
+    found += torch.autograd.grad(total, list(model.parameters()))
+    return [part.detach().double().cpu() for part in found]
+
+
+@on_gpu
+@each_model
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_states_and_gradients_on_a_gpu_are_those_of_a_cpu(name, dtype, tolerance, monkeypatch):
+    # Unless told otherwise, cuDNN computes a recurrence of float32 in TF32, which errs by 1e-3.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    expected = states_and_gradients(name, "cpu", torch.float64)
+    for found, wanted in zip(states_and_gradients(name, "cuda", dtype), expected, strict=True):
+        assert found.isfinite().all()
+        assert float((found - wanted).norm() / wanted.norm()) < tolerance
+
+
+@on_gpu
+@each_model
+def test_half_precision_on_a_gpu_stays_close_to_a_cpu(name):
+    scale = 1e-7  # of the gradients of a mean over many tokens, which vanish in float16
+    expected = states_and_gradients(name, "cpu", torch.float64, scale)
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        found = states_and_gradients(name, "cuda", torch.float32, scale)
+    for part, wanted in zip(found, expected, strict=True):
+        # A bfloat16 number has 8 significant bits, and errors add up over layers and steps.
+        assert float((part - wanted).norm() / wanted.norm()) < 0.05

@@ -102,3 +102,21 @@ def test_dropout_is_of_embeddings_between_layers_and_of_the_output(monkeypatch, 
     assert dropped == [tokens, tokens]
     assert isinstance(model.gru, nn.GRU)
     assert model.gru.dropout == between
+
+
+def test_the_recurrence_keeps_its_precision_under_autocast(monkeypatch):
+    model = make_model(n_layers=2).float()
+    items, packing = pack(*HISTORIES)
+    expected = model(items, packing)
+    precisions = []
+    forward = nn.GRU.forward
+
+    def watch(gru, *args):
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return forward(gru, *args)
+
+    monkeypatch.setattr(nn.GRU, "forward", watch)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(items, packing)
+    assert precisions == [False]
+    assert torch.equal(hidden, expected)

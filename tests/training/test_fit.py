@@ -38,6 +38,12 @@ MASKED = {
     "mask_probability": 0.2,
     "last_mask_probability": 0.5,
 }
+RECURRENT = {"name": "gru4rec", "hidden_size": 16, "n_layers": 1, "dropout": 0.0}
+
+each_model = pytest.mark.parametrize(
+    "model", [NO_DROPOUT, RECURRENT, MASKED], ids=lambda model: model["name"]
+)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("loss", PARAMETERS_OF_LOSSES, ids=lambda loss: loss["name"])
@@ -57,14 +63,7 @@ def test_every_loss_learns_and_repeats_bit_for_bit(tmp_path, loss):
     ]
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"name": "gru4rec", "hidden_size": 16, "n_layers": 1, "dropout": 0.0},
-        MASKED,
-    ],
-    ids=lambda model: model["name"],
-)
+@pytest.mark.parametrize("model", [RECURRENT, MASKED], ids=lambda model: model["name"])
 @pytest.mark.parametrize("loss", [PARAMETERS_OF_LOSSES[0], PARAMETERS_OF_LOSSES[2]])
 def test_other_backbones_learn_and_repeat_bit_for_bit(tmp_path, model, loss):
     options = {"model": model, "max_epochs": 30, "patience": 30}  # a masked model learns by jerks
@@ -73,6 +72,37 @@ def test_other_backbones_learn_and_repeat_bit_for_bit(tmp_path, model, loss):
     assert max(epoch["ndcg@10"] for epoch in history["epochs"]) > 0.5  # a random order has 0.12
     for name, weight in weights.items():
         assert torch.equal(weight, again[name]), name
+
+
+@on_gpu
+@each_model
+@pytest.mark.parametrize("loss", PARAMETERS_OF_LOSSES, ids=lambda loss: loss["name"])
+def test_every_backbone_learns_with_every_loss_on_a_gpu(tmp_path, model, loss):
+    # A masked model learns by jerks, and the later the fewer items a loss contrasts a target with.
+    is_slow = model is MASKED and loss["name"] in ("bce", "gbce", "sce")
+    n_epochs = 250 if is_slow else 40
+    options = {"model": model, "max_epochs": n_epochs, "patience": n_epochs}
+    weights, history = train(tmp_path, loss, **options, accelerator="gpu", precision="auto")
+    assert max(epoch["ndcg@10"] for epoch in history["epochs"]) > 0.5  # a random order has 0.12
+    assert history["epochs"][-1]["loss"] < history["epochs"][0]["loss"]
+    assert all(weight.device.type == "cpu" for weight in weights.values())
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@on_gpu
+@each_model
+@pytest.mark.parametrize("loss", PARAMETERS_OF_LOSSES[:2], ids=lambda loss: loss["name"])
+def test_every_backbone_trains_on_a_gpu_as_on_a_cpu(tmp_path, monkeypatch, model, loss):
+    # Unless told otherwise, cuDNN computes a recurrence of float32 in TF32.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    options = {"model": model, "max_epochs": 2, "precision": "32-true"}
+    (_, on_cpu), (_, on_card) = (
+        train(tmp_path / kind, loss, **options, accelerator=kind) for kind in ("cpu", "gpu")
+    )
+    for epoch, other in zip(on_cpu["epochs"], on_card["epochs"], strict=True):
+        assert other["loss"] == pytest.approx(epoch["loss"], rel=1e-3)
+        assert other["gradient_norm"] == pytest.approx(epoch["gradient_norm"], rel=1e-2)
+        assert other["ndcg@10"] == pytest.approx(epoch["ndcg@10"], abs=0.02)
 
 
 def test_no_loss_is_left_out():

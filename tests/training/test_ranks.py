@@ -12,11 +12,13 @@ import pytest
 import torch
 from walks import CCE_OPTIONS, N_ITEMS, NO_DROPOUT, train
 
+from helpers import make_training
 from sce_pipeline.models import build_model
 from sce_pipeline.models.item_shards import initial_rows
 from sce_pipeline.training import fit as fit_module
 from sce_pipeline.training import ranks as ranks_module
-from sce_pipeline.training.checkpoint import locked
+from sce_pipeline.training.checkpoint import SHARED, CheckpointError, Checkpoints, State, locked
+from sce_pipeline.training.item_table import ITEM_TABLE
 from sce_pipeline.training.ranks import launch
 from sce_pipeline.training.trainer import Trainer
 
@@ -151,10 +153,14 @@ def test_ranks_asked_in_different_steps_end_after_the_same_and_lose_nothing(tmp_
         with pytest.raises(RuntimeError, match=r"rank \d of 2 failed"):
             train(tmp_path / "asked", loss, **options)
     states = sorted(path for path in (tmp_path / "asked").iterdir() if path.name.isdigit())
+    assert len(torch.load(states[-1] / SHARED)["epochs"]) == 1
     for rank in range(2):
-        state = torch.load(states[-1] / f"rank_{rank}.pt")
-        assert len(state["epochs"]) == 1
-        assert 3 <= len(state["measured"]) <= 4
+        own = torch.load(states[-1] / f"rank_{rank}.pt")
+        assert 3 <= len(own["measured"]) <= 4
+        random = own["trainer"].pop("random")
+        assert not own["best_weights"]
+        assert not any(own["trainer"].values())  # all else is the first rank's to write
+        assert random["cpu"].numel() > 0
     again, same_history = train(tmp_path / "asked", loss, **options)
     for epoch, other in zip(history["epochs"], same_history["epochs"], strict=True):
         for key in ("loss", "gradient_norm", "ndcg@10"):
@@ -196,3 +202,60 @@ def test_two_ranks_train_as_one_does(tmp_path, caplog, monkeypatch, item_table):
     for epoch, other in zip(alone["epochs"], together["epochs"], strict=True):
         for key in ("loss", "gradient_norm", "ndcg@10"):
             assert other[key] == pytest.approx(epoch[key], rel=1e-3)
+
+
+def test_a_damaged_shard_takes_all_ranks_back_to_the_state_before_and_loses_nothing(
+    tmp_path, caplog
+):
+    loss = {"name": "cce", **CCE_OPTIONS}
+    options = {"devices": 2, "item_table": "sharded", "max_epochs": 2, "checkpoint_steps": 5}
+    weights, history = train(tmp_path, loss, **options)
+    before, last = sorted(path for path in tmp_path.iterdir() if path.name.isdigit())
+    shards = [torch.load(last / f"rank_{rank}.pt")["trainer"]["model"] for rank in range(2)]
+    assert [len(shard[ITEM_TABLE]) for shard in shards] == [N_ITEMS // 2] * 2
+    assert ITEM_TABLE not in torch.load(last / SHARED)["trainer"]["model"]
+    file = last / "rank_1.pt"
+    file.write_bytes(file.read_bytes()[:-10])
+    with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+        again, same_history = train(tmp_path, loss, **options)
+    assert f"passed over: {file}" in caplog.text
+    assert f"which is whole, is taken: {before}" in caplog.text
+    assert "going on after epoch 1 and 10 steps" in caplog.text
+    for epoch, other in zip(history["epochs"], same_history["epochs"], strict=True):
+        for key in ("loss", "gradient_norm", "ndcg@10"):
+            assert epoch[key] == other[key]
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+def leave_states(rank, folder, n_epochs):
+    """Leave a state after each of some epochs, all of whose numbers are the epoch's."""
+    checkpoints = Checkpoints(folder, {}, rank, ranks_module.Ranks(rank, 3, CPU).agree)
+    for number in range(1, n_epochs + 1):
+        epochs = [{"epoch": epoch, "ndcg@10": 1 / epoch} for epoch in range(1, number + 1)]
+        rest = {"weight": torch.full((3,), float(number))}
+        rows = {ITEM_TABLE: torch.full((2, 1), float(number))}
+        shared = {"epochs": epochs, "best_weights": rest, "facts": {}}
+        checkpoints.save(State(shared, {"best_weights": rows}))
+
+
+@pytest.mark.parametrize("damaged", [SHARED, "rank_0.pt", "rank_2.pt"])
+def test_shards_of_different_states_are_never_joined(tmp_path, three_ranks, damaged):
+    changes = {"loss": {"name": "cce", **CCE_OPTIONS}, "devices": 3, "item_table": "sharded"}
+    parameters = make_training(**changes, max_epochs=4)
+    three_ranks.run(leave_states, tmp_path, 5)
+    task = fit_module.Task({}, {}, tmp_path, {}, parameters, True)
+    assert joined_numbers(task) == {5.0}
+    (tmp_path / "000005" / damaged).unlink()
+    assert joined_numbers(task) == {4.0}
+    unfinished = task._replace(parameters=parameters.model_copy(update={"max_epochs": 5}))
+    with pytest.raises(CheckpointError, match=r"its last state could not be left in .* or is dam"):
+        fit_module._collect(unfinished)
+    (tmp_path / "000004" / "rank_1.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read; remove"):
+        fit_module._collect(task)
+
+
+def joined_numbers(task):
+    weights, _ = fit_module._collect(task)
+    assert weights[ITEM_TABLE].shape == (6, 1)
+    return {float(number) for weight in weights.values() for number in weight.flatten()}

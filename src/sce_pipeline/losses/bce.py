@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
-from sce_pipeline.losses.grouped import Groups, grouped_binary_cross_entropy
+from sce_pipeline.losses.grouped import grouped_binary_cross_entropy
 from sce_pipeline.losses.implementation import Implementation
 from sce_pipeline.losses.negatives import Exclude, Shared
 from sce_pipeline.losses.per_token import per_token_binary_cross_entropy
-from sce_pipeline.losses.sampled import SampledLoss
-from sce_pipeline.losses.sampling import Draw
+from sce_pipeline.losses.sampled import Means, SampledLoss
 
 
 class BCE(SampledLoss):
@@ -22,26 +21,11 @@ class BCE(SampledLoss):
         """Return the exponent of the target's σ(x) for a catalogue of ``n_items``."""
         return 1.0
 
-    def _mean_of_draw(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw, *, triton: bool
-    ) -> Tensor:
-        beta = self.beta(len(item_embeddings))
-        return per_token_binary_cross_entropy(
-            hidden, item_embeddings, targets, drawn, beta=beta, triton=triton
-        )
-
-    def _mean_of_groups(
-        self,
-        hidden: Tensor,
-        item_embeddings: Tensor,
-        targets: Tensor,
-        groups: Groups,
-        *,
-        triton: bool,
-    ) -> Tensor:
-        beta = self.beta(len(item_embeddings))
-        return grouped_binary_cross_entropy(
-            hidden, item_embeddings, targets, groups, beta=beta, triton=triton
+    def _means(self, n_items: int, *, triton: bool) -> Means:
+        beta = self.beta(n_items)
+        return Means(
+            partial(per_token_binary_cross_entropy, beta=beta, triton=triton),
+            partial(grouped_binary_cross_entropy, beta=beta, triton=triton),
         )
 
 

@@ -16,12 +16,29 @@ from sce_pipeline.losses.base import (
     at_least_float32,
     check_tensors,
     chunks,
+    matmul,
     scaled,
 )
+from sce_pipeline.losses.cast_table import casts_whole
 from sce_pipeline.losses.implementation import Implementation, compute_dtype, takes_triton
+from sce_pipeline.losses.item_parts import Options, Shard, cross_entropy_in_parts
 
 if TYPE_CHECKING:
     from sce_pipeline.losses.kernels.cce import Terms
+
+LARGEST_FLOAT32 = 128
+"""Largest d at which ``impl: auto`` always has the kernels take products of float32.
+
+On an H100, with each product in three of TF32, they take a third of PyTorch's time at d = 64 but
+1.7 times as long at d = 256 (25,600 tokens, 173,511 items).
+"""
+
+MOST_ITEMS = 2**20
+"""Items up to which PyTorch takes such products of a larger d.
+
+It goes through the table again for each chunk of tokens, and a chunk has the fewer the more items
+there are: 32 at this number, where both are estimated to take about as long.
+"""
 
 SMALLEST_NORM = 1e-12
 """What a shorter embedding is divided by when it is normalised, as in PyTorch."""
@@ -40,7 +57,8 @@ class CCE(Loss):
             that occurs nowhere counts once. Ranking is by the inner products alone.
         skip_mass: Softmax mass of a token that may be left out of its gradients, in blocks of items
             that have next to none; 0 leaves out nothing. See ``cut_cross_entropy``.
-        impl: Which implementation computes; see ``losses.implementation``.
+        impl: Which implementation computes; see ``losses.implementation``. ``auto`` takes PyTorch
+            on CUDA, too, for products of float32 where d > 128 and n_items <= 2**20.
     """
 
     def __init__(
@@ -112,7 +130,8 @@ def cut_cross_entropy(
 
     With logits z = logit_scale·(x·w) + item_bias - log_probability and p their softmax, the loss of
     a token is ``(1 - ε)·(lse - z_target) + ε·(lse - mean z) + z_loss·lse²``. What stands whole are
-    the gradients, and, where autocast casts the table, its cast.
+    the gradients and, where autocast casts the table, its cast up to ``CAST_BYTES``; above that the
+    kernels have ranges of it cast, unless it is ``normalized`` or ``item_bias`` is learned.
 
     ``skip_mass`` δ leaves a block of items out of the gradients of a block of tokens if none of
     these tokens has more than the block's equal share of δ, δ / blocks, of its softmax there. A
@@ -136,7 +155,7 @@ def cut_cross_entropy(
         logit_scale: A positive number.
         normalized: Whether hidden states and items are divided by their Euclidean norms.
         skip_mass: δ, at least 0 and under 1.
-        impl: Which implementation computes; see ``losses.implementation``.
+        impl: Which implementation computes; see ``CCE``.
 
     Returns:
         A scalar, in float32 or, for float64 arguments, in float64. No token gives 0.
@@ -157,7 +176,19 @@ def cut_cross_entropy(
         offset = at_least_float32(log_probability.detach())
         bias = -offset if bias is None else bias - offset
     options = (label_smoothing, z_loss, logit_scale)
-    if takes_triton(impl, hidden, item_embeddings, deterministic=True):
+    if decides_for_triton(impl, hidden, item_embeddings):
+        dtype = compute_dtype(hidden, item_embeddings)
+        is_learned = bias is not None and bias.requires_grad
+        if not (casts_whole(item_embeddings, dtype) or normalized or is_learned):
+            grad = torch.is_grad_enabled() and hidden.requires_grad
+            return cross_entropy_in_parts(
+                hidden,
+                item_embeddings,
+                bias,
+                targets,
+                Shard(0, len(item_embeddings), [len(hidden)], alone=True),
+                Options(*options, skip_mass, triton=True, grad=grad),
+            )
         return _TwoPasses.apply(
             hidden, item_embeddings, bias, targets, (*options, normalized, skip_mass)
         )
@@ -165,6 +196,17 @@ def cut_cross_entropy(
         hidden = functional.normalize(hidden, dim=1, eps=SMALLEST_NORM)
         item_embeddings = functional.normalize(item_embeddings, dim=1, eps=SMALLEST_NORM)
     return _ChunkedCrossEntropy.apply(hidden, item_embeddings, bias, targets, options)
+
+
+def decides_for_triton(impl: Implementation, hidden: Tensor, item_embeddings: Tensor) -> bool:
+    """Return whether the Triton kernels compute exact cross-entropy; see ``takes_triton``."""
+    n_items, d = item_embeddings.shape
+    faster = (
+        compute_dtype(hidden, item_embeddings) != torch.float32
+        or d <= LARGEST_FLOAT32
+        or n_items > MOST_ITEMS
+    )
+    return takes_triton(impl, hidden, item_embeddings, deterministic=True, faster=faster)
 
 
 def check_numbers(
@@ -214,7 +256,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.zeros_like(item_embeddings, dtype=wide) if needed else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for chunk in chunks(n_tokens, n_items, hidden.device):
-            logits = (x[chunk] @ w.T).mul_(scale)
+            logits = matmul(x[chunk], w.T).mul_(scale)
             if bias is not None:
                 logits += bias
             log_sum = logits.logsumexp(1)
@@ -231,8 +273,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += by_logit.sum(0)
             by_product = by_logit.mul_(scale)
-            grad_hidden[chunk] = by_product @ w
-            grad_table += by_product.T @ x[chunk]
+            grad_hidden[chunk] = matmul(by_product, w)
+            grad_table += matmul(by_product.T, x[chunk])
         ctx.save_for_backward(grad_hidden, grad_table, grad_bias)
         ctx.dtypes = (hidden.dtype, item_embeddings.dtype, bias is not None and bias.dtype)
         ctx.n_tokens = n_tokens
@@ -289,8 +331,9 @@ class _TwoPasses(torch.autograd.Function):
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None
         with_bias = ctx.needs_input_grad[2]
-        grad_table, grad_bias = kernels.table_pass(
-            x, w, targets, terms, sums, grad, of_table, grad_bias=with_bias
+        grad_table = torch.empty_like(w, dtype=of_table)
+        grad_bias = kernels.table_pass(
+            x, w, targets, terms, sums, grad, grad_table, grad_bias=with_bias
         )
         return grad_hidden, grad_table, grad_bias, None, None
 
@@ -333,5 +376,5 @@ def _weighted_sum(rows: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return rows.sum(0, dtype=torch.float32)
     n, d = rows.shape
-    parts = [weights[chunk] @ rows[chunk].float() for chunk in chunks(n, d, rows.device)]
+    parts = [matmul(weights[chunk], rows[chunk].float()) for chunk in chunks(n, d, rows.device)]
     return torch.stack(parts).sum(0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
-from sce_pipeline.losses.grouped import Groups, grouped_cross_entropy
+from sce_pipeline.losses.grouped import grouped_cross_entropy
 from sce_pipeline.losses.implementation import Implementation
 from sce_pipeline.losses.negatives import Exclude, Shared
 from sce_pipeline.losses.per_token import per_token_cross_entropy
-from sce_pipeline.losses.sampled import SampledLoss
-from sce_pipeline.losses.sampling import Draw
+from sce_pipeline.losses.sampled import Means, SampledLoss
 
 
 class CEMinus(SampledLoss):
@@ -42,27 +41,8 @@ class CEMinus(SampledLoss):
         super().__init__(n_negatives=n_negatives, shared=shared, exclude=exclude, impl=impl)
         self.log_correction = log_correction
 
-    def _mean_of_draw(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw, *, triton: bool
-    ) -> Tensor:
-        return per_token_cross_entropy(
-            hidden,
-            item_embeddings,
-            targets,
-            drawn,
-            log_correction=self.log_correction,
-            triton=triton,
+    def _means(self, n_items: int, *, triton: bool) -> Means:
+        return Means(
+            partial(per_token_cross_entropy, log_correction=self.log_correction, triton=triton),
+            partial(grouped_cross_entropy, triton=triton),
         )
-
-    def _mean_of_groups(
-        self,
-        hidden: Tensor,
-        item_embeddings: Tensor,
-        targets: Tensor,
-        groups: Groups,
-        *,
-        triton: bool,
-    ) -> Tensor:
-        if not self.log_correction:
-            groups = groups._replace(log_masses=None)
-        return grouped_cross_entropy(hidden, item_embeddings, targets, groups, triton=triton)

@@ -17,18 +17,25 @@ MAX_SIZE = 512
 
 
 def takes_triton(
-    impl: Implementation, hidden: Tensor, item_embeddings: Tensor, *, deterministic: bool
+    impl: Implementation,
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    *,
+    deterministic: bool,
+    faster: bool = True,
 ) -> bool:
     """Return whether the Triton kernels are to compute this batch.
 
-    ``auto`` takes them on CUDA where they can: for all but float64, up to d = 512, and, where
-    PyTorch is told to use deterministic algorithms alone, if they are such.
+    ``auto`` takes them on CUDA where they are ``faster`` and can: for all but float64, up to
+    d = 512, and, where PyTorch is told to use deterministic algorithms alone, if they are such.
+    ``triton`` takes them wherever they can.
 
     Args:
         impl: What the loss was told.
         hidden: Hidden states, [tokens, d].
         item_embeddings: Item table, [n_items, d].
         deterministic: Whether the kernels give the same bits every time.
+        faster: Whether they are known to take no longer than PyTorch for such a batch.
 
     Raises:
         ValueError: ``impl`` is none of these, or is ``triton``, and the kernels cannot compute
@@ -46,6 +53,7 @@ def takes_triton(
     return (
         reason is None
         and hidden.is_cuda
+        and faster
         and (deterministic or not torch.are_deterministic_algorithms_enabled())
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +13,18 @@ from sce_pipeline.losses.grouped import Groups
 from sce_pipeline.losses.implementation import Implementation, takes_triton
 from sce_pipeline.losses.negatives import Exclude, Shared, draw_groups
 from sce_pipeline.losses.sampling import Draw, draw
+
+
+class Means(NamedTuple):
+    """Functions of hidden states, item table, targets and negatives that give a mean over tokens.
+
+    Attributes:
+        of_draw: Of draws of each token's own, from which its target is excluded.
+        of_groups: Of all other draws.
+    """
+
+    of_draw: Callable[[Tensor, Tensor, Tensor, Draw], Tensor]
+    of_groups: Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
 
 
 class SampledLoss(Loss):
@@ -27,7 +41,12 @@ class SampledLoss(Loss):
             the token's ``target``.
         impl: Which implementation computes; see ``losses.implementation``. There are Triton kernels
             for all but draws per token that exclude the history.
+
+    Attributes:
+        log_correction: Whether negatives stand for all candidates, or only for themselves.
     """
+
+    log_correction = False
 
     def __init__(
         self, *, n_negatives: int, shared: Shared, exclude: Exclude, impl: Implementation = "auto"
@@ -56,11 +75,13 @@ class SampledLoss(Loss):
                 self.n_negatives,
                 n_items,
             )
-        triton = self._takes_triton(hidden, item_embeddings)
+        means = self._means(n_items, triton=self._takes_triton(hidden, item_embeddings))
         drawn = self.draw_negatives(targets, sequence, histories, n_items)
         if isinstance(drawn, Draw):
-            return self._mean_of_draw(hidden, item_embeddings, targets, drawn, triton=triton)
-        return self._mean_of_groups(hidden, item_embeddings, targets, drawn, triton=triton)
+            return means.of_draw(hidden, item_embeddings, targets, drawn)
+        if not self.log_correction:
+            drawn = drawn._replace(log_masses=None)
+        return means.of_groups(hidden, item_embeddings, targets, drawn)
 
     def draw_negatives(
         self, targets: Tensor, sequence: Tensor, histories: Histories, n_items: int
@@ -91,22 +112,5 @@ class SampledLoss(Loss):
         return False
 
     @abstractmethod
-    def _mean_of_draw(
-        self, hidden: Tensor, item_embeddings: Tensor, targets: Tensor, drawn: Draw, *, triton: bool
-    ) -> Tensor:
-        """Return the mean loss over tokens, given draws of each from which the target is excluded.
-
-        The other arguments are those of ``forward``, and whether the Triton kernels compute it.
-        """
-
-    @abstractmethod
-    def _mean_of_groups(
-        self,
-        hidden: Tensor,
-        item_embeddings: Tensor,
-        targets: Tensor,
-        groups: Groups,
-        *,
-        triton: bool,
-    ) -> Tensor:
-        """Return the mean loss over tokens, given all other draws, likewise."""
+    def _means(self, n_items: int, *, triton: bool) -> Means:
+        """Return what computes the loss, given whether the Triton kernels do."""

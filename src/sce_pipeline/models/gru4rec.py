@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -15,7 +17,8 @@ class GRU4Rec(Backbone):
 
     The table as classifier is what the authors' later code calls a constrained embedding; their
     initialisation is used too, Xavier's (Glorot & Bengio, 2010) for each gate's matrices and biases
-    of 0. A session is a whole history here, and is read from its start in every batch.
+    of 0. A session is a whole history here, and is read from its start in every batch. The
+    recurrence keeps the precision of its weights under autocast.
 
     Args:
         n_items: Size of the catalogue; items are 0 to n_items - 1.
@@ -52,8 +55,20 @@ class GRU4Rec(Backbone):
         self._check_length(packing)
         order, batch_sizes = time_major(packing)
         steps = self.dropout(embedded).index_select(0, order)
-        hidden = self.gru(PackedSequence(steps, batch_sizes))[0].data
+        with _without_autocast(embedded.device):
+            hidden = self.gru(PackedSequence(steps, batch_sizes))[0].data
         return self.dropout(torch.empty_like(hidden).index_copy_(0, order, hidden))
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Leave a recurrence in its own precision, as autocast does on a CPU.
+
+    On a GPU it would be float16 whatever dtype was asked for, as cuDNN knows no other half, and
+    gradients of a mean over many tokens are less than float16 can hold.
+    """
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def time_major(packing: Packing) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,11 @@ from sce_pipeline.models.item_shards import initial_rows, item_range
 from sce_pipeline.parameters import BERT4RecParameters, ModelParameters, TrainingParameters
 from sce_pipeline.provenance import fingerprint
 from sce_pipeline.training.batches import TrainingBatches
-from sce_pipeline.training.checkpoint import CheckpointError, Checkpoints, locked
+from sce_pipeline.training.checkpoint import CheckpointError, Checkpoints, State, locked
 from sce_pipeline.training.encoder import can_replay, round_up
 from sce_pipeline.training.history import History
 from sce_pipeline.training.interruption import interruptions
-from sce_pipeline.training.item_table import ItemTable, ShardedItemTable
+from sce_pipeline.training.item_table import ITEM_TABLE, ItemTable, ShardedItemTable
 from sce_pipeline.training.progress import Progress, peak_megabytes
 from sce_pipeline.training.ranks import Ranks, alone, launch
 from sce_pipeline.training.trainer import Epoch, NotFiniteError, Trainer
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 SAVING_SHARE = 0.05
 """Share of the time that checkpoints between epochs may take."""
-
-ITEM_TABLE = "item_embedding.weight"
-"""Name of the item table among a backbone's weights."""
 
 Sequences = Mapping[str, np.ndarray]
 
@@ -110,18 +107,21 @@ def fit(
 
 def _collect(task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what processes have left that have trained to the end."""
-    folder, identity, parameters = task.folder, task.identity, task.parameters
-    n_files = parameters.devices if parameters.item_table == "sharded" else 1
-    states = [Checkpoints(folder, identity, rank).load() for rank in range(n_files)]
-    found = [state for state in states if state is not None]
-    if len(found) < n_files or not History(found[0]["epochs"]).is_over(
-        parameters.max_epochs, parameters.patience
-    ):
-        raise CheckpointError(f"training ended, but its last state could not be left in {folder}")
-    weights = found[0]["best_weights"]
-    shards = [state["best_weights"][ITEM_TABLE] for state in found]
-    record = _record(found[0]["facts"], History(found[0]["epochs"]), parameters)
-    return {**weights, ITEM_TABLE: torch.cat(shards)}, record
+    folder, parameters = task.folder, task.parameters
+    with_rows = range(parameters.devices) if parameters.item_table == "sharded" else []
+    found = Checkpoints(folder, task.identity).load_ranks(with_rows)
+    history = History(found[0]["epochs"] if found else [])
+    if found is None or not history.is_over(parameters.max_epochs, parameters.patience):
+        raise CheckpointError(
+            f"training ended, but its last state could not be left in {folder} or is damaged; "
+            "run with the same again to go on from the one before it"
+        )
+    shared, owns = found
+    weights = shared["best_weights"]
+    if owns:
+        shards = [own["best_weights"][ITEM_TABLE] for own in owns]
+        weights = {**weights, ITEM_TABLE: torch.cat(shards)}
+    return weights, _record(shared["facts"], history, parameters)
 
 
 def train(ranks: Ranks, task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -268,10 +268,11 @@ class _Run:
             )
         if state is None:
             return None
-        self.trainer.load_state(state["trainer"])
-        self.history = History(state["epochs"])
-        self.best_weights = state["best_weights"]
-        measured = state["measured"]
+        shared, own = state
+        self.trainer.load_state(State(shared["trainer"], own["trainer"]))
+        self.history = History(shared["epochs"])
+        self.best_weights = {**shared["best_weights"], **own["best_weights"]}
+        measured: Tensor | None = own["measured"]
         if self.ranks.is_first:
             logger.info(
                 "going on after epoch %d and %d steps, from a state in %s",
@@ -337,14 +338,14 @@ class _Run:
             epoch.check()
             measured = epoch.measured[: epoch.done].cpu()
         started = time.perf_counter()
+        shared, own = self.trainer.state()
+        best, own_best = self.trainer.table.divide(self.best_weights, ITEM_TABLE)
+        epochs = self.history.epochs
         self.checkpoints.save(
-            {
-                "trainer": self.trainer.state(),
-                "epochs": self.history.epochs,
-                "measured": measured,
-                "best_weights": self.best_weights,
-                "facts": self.facts,
-            }
+            State(
+                {"trainer": shared, "epochs": epochs, "best_weights": best, "facts": self.facts},
+                {"trainer": own, "measured": measured, "best_weights": own_best},
+            )
         )
         self._saved_at = time.perf_counter()
         self._saving_took = self._saved_at - started

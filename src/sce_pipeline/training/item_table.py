@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -15,6 +17,9 @@ from sce_pipeline.losses.sharded import sharded_cross_entropy
 from sce_pipeline.models.item_shards import add_gradient, item_range, lookup
 from sce_pipeline.training.batches import TrainingBatch
 from sce_pipeline.training.ranks import Ranks
+
+ITEM_TABLE = "item_embedding.weight"
+"""Name of the item table among a backbone's weights."""
 
 
 class ItemTable:
@@ -76,6 +81,15 @@ class ItemTable:
     def embed(self, items: Tensor) -> Tensor:
         """Look up items that are the same on all ranks, int64 [tokens]: [tokens, d]."""
         return self.weight.detach().index_select(0, items)
+
+    def divide(self, values: Mapping[Any, Any], key: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """Divide ``values`` into what all ranks hold alike and what each has of its own.
+
+        Args:
+            values: Something of each weight, by its name or number.
+            key: The item table's.
+        """
+        return dict(values), {}
 
 
 class ShardedItemTable(ItemTable):
@@ -144,6 +158,11 @@ class ShardedItemTable(ItemTable):
         counts = [last - first for first, last in pairwise(bounds)]
         own = items.split(counts)[self.ranks.rank]
         return gather_rows(self._lookup(own, counts), counts)
+
+    def divide(self, values: Mapping[Any, Any], key: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """Divide ``values`` into what all ranks hold alike and what each has of its own."""
+        own = {name: value for name, value in values.items() if name == key}
+        return {name: value for name, value in values.items() if name != key}, own
 
     def _lookup(self, items: Tensor, counts: list[int]) -> Tensor:
         first = self.items.start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,10 @@ from sce_pipeline.losses import Loss
 from sce_pipeline.models import Backbone
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.batches import TrainingBatch, TrainingBatches
+from sce_pipeline.training.checkpoint import State
 from sce_pipeline.training.clock import Clock
 from sce_pipeline.training.encoder import Encoder, ReplayedEncoder, can_replay
-from sce_pipeline.training.item_table import ItemTable
+from sce_pipeline.training.item_table import ITEM_TABLE, ItemTable
 from sce_pipeline.training.ranks import Ranks
 
 
@@ -82,23 +82,29 @@ class Trainer:
         """
         return Epoch(self, number, measured)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Return all that a run needs to go on, beside the place it has come to."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": _random_state(self.ranks.device),
-        }
+        optimizer = self.optimizer.state_dict()
+        weights, own_weights = self.table.divide(self.model.state_dict(), ITEM_TABLE)
+        moments, own_moments = self.table.divide(optimizer["state"], 0)  # the table comes first
+        random = _random_state(self.ranks.device)
+        return State(
+            {"model": weights, "optimizer": {**optimizer, "state": moments}},
+            {"model": own_weights, "moments": own_moments, "random": random},
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the backbone's weights on the CPU, of the table what this rank has."""
         return {name: w.detach().cpu().clone() for name, w in self.model.state_dict().items()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Go back to what ``state`` returned."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        _set_random_state(state["random"], self.ranks.device)
+        shared, own = state
+        optimizer = shared["optimizer"]
+        self.model.load_state_dict({**shared["model"], **own["model"]})
+        moments = {**optimizer["state"], **own["moments"]}
+        self.optimizer.load_state_dict({**optimizer, "state": moments})
+        _set_random_state(own["random"], self.ranks.device)
 
     def accumulate(self, batch: TrainingBatch, clock: Clock) -> Tensor:
         """Add a part's gradients; returns its share of the step's loss."""

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sce_pipeline.losses import shard_passes
-from sce_pipeline.losses.cce import cut_cross_entropy
+from sce_pipeline.losses import cast_table, shard_passes
+from sce_pipeline.losses.cce import _TwoPasses, cut_cross_entropy
 from sce_pipeline.losses.kernels import cce as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,6 +177,62 @@ def test_a_live_table_of_float32_under_autocast(dtype):
         assert part.grad.dtype == torch.float32
         error = (part.grad.double() - double.grad).norm() / double.grad.norm()
         assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 3.0}], ids="-".join
+)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("grads", ["both", "hidden", "table"])
+def test_ranges_of_a_live_table_cast_one_after_the_other(
+    grads, biased, options, dtype, monkeypatch
+):
+    x, w, targets = draw(50, 300, 16)
+    bias = torch.linspace(-2, 3, 300, device=DEVICE) if biased else None
+    doubles = [part.to(dtype).double().requires_grad_() for part in (x, w)]
+    expected = exact(*doubles, targets, None if bias is None else bias.double(), **options)
+    expected.backward()
+    x.requires_grad_(grads != "table")
+    w.requires_grad_(grads != "hidden")
+    monkeypatch.setattr(cast_table, "CAST_BYTES", 16 * 2 * 130)
+    monkeypatch.setattr(_TwoPasses, "apply", None)  # which casts the whole
+    with torch.autocast(DEVICE, dtype):
+        loss = cut_cross_entropy(x, w, targets, item_bias=bias, impl="triton", **options)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for part, double in zip((x, w), doubles, strict=True):
+        if part.requires_grad:
+            assert part.grad.dtype == torch.float32
+            error = (part.grad.double() - double.grad).norm() / double.grad.norm()
+            assert error < TOLERANCES[dtype]
+        else:
+            assert part.grad is None
+
+
+@pytest.mark.parametrize("options", [{"normalized": True, "logit_scale": 5.0}, {}])
+def test_what_ranges_cannot_do_is_done_with_the_whole_cast(options, monkeypatch):
+    x, w, targets = draw(50, 300, 16)
+    bias = torch.linspace(-2, 3, 300, device=DEVICE).requires_grad_(not options)
+    found = []
+    for cast_bytes in (cast_table.CAST_BYTES, 16):
+        monkeypatch.setattr(cast_table, "CAST_BYTES", cast_bytes)
+        live = x.clone().requires_grad_(), w.clone().requires_grad_()
+        bias.grad = None
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = cut_cross_entropy(*live, targets, item_bias=bias, impl="triton", **options)
+        loss.backward()
+        found.append([loss, *(part.grad for part in live), bias.grad if not options else loss])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [-1, 300, 2**40])
+def test_a_target_out_of_range_gives_nan_in_ranges(wrong, monkeypatch):
+    x, w, targets = draw(50, 300, 16)
+    targets[7] = wrong
+    monkeypatch.setattr(cast_table, "CAST_BYTES", 16 * 2 * 130)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert cut_cross_entropy(x, w, targets, impl="triton").isnan()
 
 
 def test_layouts_that_are_not_contiguous():

@@ -295,11 +295,11 @@ def table_pass(
     terms: Terms,
     sums: Sums,
     upstream: Tensor,
-    dtype: torch.dtype,
+    grad: Tensor,
     *,
     grad_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Pass over all tokens for the gradients of the table, [n_items, d], and of the bias.
+) -> Tensor | None:
+    """Pass over all tokens; fill in the gradient of the table and return that of the bias, if any.
 
     They are those of ``upstream`` times the mean loss.
 
@@ -310,7 +310,7 @@ def table_pass(
         terms: The rest of the logits and the loss.
         sums: What ``hidden_pass`` left.
         upstream: Derivative of what is minimised by the mean loss, float32, one element.
-        dtype: Of the table's gradient.
+        grad: Where the table's gradient goes, contiguous [n_items, d].
         grad_bias: Whether to compute the gradient of the bias too.
     """
     (n_tokens, d), n_items = x.shape, len(w)
@@ -326,7 +326,6 @@ def table_pass(
     new = empty.new_empty
     n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
     parts, bias_parts = new(n_parts, sizes.own, padded(d)), new(n_parts, sizes.own)
-    grad = torch.empty_like(w, dtype=dtype)
     of_bias = new(n_items) if grad_bias else None
     has_descriptor = _has_descriptor(x, sizes)
     options = dict(
@@ -376,7 +375,7 @@ def table_pass(
     )
     if n_parts:
         launch(join_table_kernel, (plan.n_split,), *arguments, **options, num_warps=sizes.warps)
-    return grad, of_bias
+    return of_bias
 
 
 def _flags(terms: Terms) -> dict[str, bool]:
