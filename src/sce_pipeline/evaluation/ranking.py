@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
 
-SCORES_AT_ONCE = 2**24
-"""Most scores held at once, unless one user has more: 64 MiB. With what is made of them there are
-0.15 GiB; for lists of top items up to 0.25, where equal scores contest the last place of each."""
+SCORES_AT_ONCE = 2**23
+"""Most scores held at once, unless one user has more: 32 MiB. With what is made of them there are
+75 MiB; for lists of top items up to 125, where equal scores contest the last place of each."""
 
 SCORES_AT_ONCE_ON_CPU = 2**21
 """The same on a CPU, where they should stay in the cache: 8 MiB."""

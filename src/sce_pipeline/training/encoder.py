@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class ReplayedEncoder(Encoder):
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
         self._pool = torch.cuda.MemPool()
-        self._stream = torch.cuda.Stream()
+        self._stream = _recording_stream(torch.cuda.current_device())
 
     def forward(self, embedded: Tensor, packing: Packing, masked: Tensor | None) -> Tensor:
         """Return the hidden states of ``embedded``, [slots, d]."""
@@ -193,6 +194,12 @@ def round_up(n: int) -> int:
     """
     step = max(FINEST_STEP, 2 ** (n.bit_length() - 4))
     return -(-n // step) * step
+
+
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """Return one stream for all recordings of a process: cuBLAS keeps memory for each it meets."""
+    return torch.cuda.Stream(device)
 
 
 def _whole_numbers(packing: Packing) -> list[Tensor]:
