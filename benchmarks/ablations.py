@@ -45,6 +45,12 @@ SEEDS = (1235, 37, 2451)
 METRICS = ("ndcg@10", "hr@10", "coverage@10", "surprisal@10")
 
 
+def all_logits(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
+    """Return the logits in float32, [tokens, n_items]; autocast would round them to bfloat16."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ item_embeddings.float().T
+
+
 class CoveredTokens(SCE):
     """Exact cross-entropy of the tokens that SCE would put into a bucket."""
 
@@ -57,8 +63,8 @@ class CoveredTokens(SCE):
         histories: Histories,
     ) -> Tensor:
         tokens = self.draw_buckets(hidden, item_embeddings).tokens.unique()
-        logits = hidden[tokens] @ item_embeddings.T
-        return functional.cross_entropy(logits.float(), targets[tokens])
+        logits = all_logits(hidden[tokens], item_embeddings)
+        return functional.cross_entropy(logits, targets[tokens])
 
 
 class SomeNegatives(SCE):
@@ -79,7 +85,7 @@ class SomeNegatives(SCE):
         sequence: Tensor,
         histories: Histories,
     ) -> Tensor:
-        logits = (hidden @ item_embeddings.T).float()
+        logits = all_logits(hidden, item_embeddings)
         with torch.no_grad():
             kept = self.negatives(logits.detach(), hidden.detach(), item_embeddings.detach())
             covered = kept.any(dim=1)
