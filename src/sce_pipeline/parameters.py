@@ -15,6 +15,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StrictInt,
+    StrictStr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -468,6 +470,27 @@ class ComparisonParameters(Parameters):
         return pairs
 
 
+ItemIds = tuple[StrictStr | StrictInt, ...]
+"""Original ids of items; numbers are read as the text that a log would have them as."""
+
+
+class RecommendationParameters(Parameters):
+    """What is recommended to whom.
+
+    ``histories: log`` serves every user of the log, ``file`` those of a table of histories. Of the
+    ``k`` items ``filter_seen`` leaves out those of the history; ``deny`` is stronger than
+    ``allow``, which is null where everything may be recommended.
+    """
+
+    k: Annotated[int, Field(ge=1, le=1000)]
+    filter_seen: bool
+    histories: Literal["log", "file"]
+    allow: ItemIds | None
+    deny: ItemIds
+    users_per_partition: PositiveInt
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+
 class DatasetPreset(Parameters):
     """What a data set's preset may say; the values within a group are checked once merged."""
 
@@ -576,6 +599,7 @@ class RunParameters(Parameters):
 
     baselines: BaselineParameters
     comparison: ComparisonParameters
+    recommendation: RecommendationParameters
     dataset_presets: dict[str, DatasetPreset]
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]
