@@ -179,9 +179,6 @@ class BERT4RecParameters(_TransformerParameters):
     last_mask_probability: Annotated[float, Field(ge=0, le=1)]
 
 
-MASKING = frozenset({"mask_probability", "last_mask_probability"})
-"""Parameters of a model that are about its training and no part of the network."""
-
 ModelParameters = Annotated[
     SASRecParameters | GRU4RecParameters | BERT4RecParameters, Field(discriminator="name")
 ]

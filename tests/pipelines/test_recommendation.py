@@ -13,38 +13,19 @@ import pytest
 import torch
 from kedro.framework.session import KedroSession
 from safetensors.torch import load_file
+from trained_projects import LOG, TITLES
 
-from helpers import ROOT, SMALL_RUN, make_log
+from helpers import ROOT, SMALL_RUN
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.models import Packing, build_model
 from sce_pipeline.parameters import SASRecParameters
 from sce_pipeline.pipeline_registry import register_pipelines
 from sce_pipeline.recommendation.recommender import Recommender
 
-TITLES = [("i3", "Three"), ("i4", "Four, and a comma")]
-RARE = [("u0", "rare", 1_400_000_000), ("newcomer", "rare", 1), ("newcomer", "i2", 2)]
-"""Rows that the filters drop: of an item with few users, and of a user with few items."""
-
-LOG = [*make_log(n_users=30, n_items=20, length=12), *RARE, ("stranger", "rare", 5)]
-
-
-@pytest.fixture(scope="module")
-def trained(make_project, tmp_path_factory):
-    """A project with a trained model, to be copied."""
-    project = make_project(tmp_path_factory.mktemp("trained"))
-    log = project.write_log("walk", LOG)
-    rows = "\n".join(f'{item},"{title}"' for item, title in TITLES)
-    log.with_name("items.csv").write_text(f"itemid,title\n{rows}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(project.folder)
-        project.run(pipelines=["data_processing", "training"], loss="ce", **SMALL_RUN)
-    return project
-
 
 @pytest.fixture
-def project(trained, project):
-    shutil.copytree(trained.path(), project.path())
-    return project
+def project(trained_project):
+    return trained_project
 
 
 def recommend(project, **recommendation):

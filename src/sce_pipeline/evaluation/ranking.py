@@ -13,7 +13,6 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
@@ -322,6 +321,8 @@ def _rank_blocks(
             f"the sequences are of {expected} items, but {n_items} have an embedding; "
             "train and evaluate on the same data"
         )
+    from rich.progress import track  # noqa: PLC0415 - whoever only serves a model needs no rich
+
     blocks = UserBlocks(sequences, filter_seen).to(device)
     rankings = []
     for block in track(blocks, description="Ranking"):
