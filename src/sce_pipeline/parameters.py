@@ -488,6 +488,12 @@ class RecommendationParameters(Parameters):
     accelerator: Literal["auto", "cpu", "gpu"]
 
 
+class ExportParameters(Parameters):
+    """What an exported folder holds: with ``onnx`` also SASRec's encoder as an ONNX file."""
+
+    onnx: bool
+
+
 class DatasetPreset(Parameters):
     """What a data set's preset may say; the values within a group are checked once merged."""
 
@@ -597,6 +603,7 @@ class RunParameters(Parameters):
     baselines: BaselineParameters
     comparison: ComparisonParameters
     recommendation: RecommendationParameters
+    export: ExportParameters
     dataset_presets: dict[str, DatasetPreset]
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]

@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 from kedro.framework.session import KedroSession
+from safetensors.numpy import load_file
 from trained_projects import LOG, TITLES
 
 import sce_pipeline
 from helpers import ROOT, SMALL_RUN
 from sce_pipeline.datasets.recommender_folder import RecommenderFolderDataset
 from sce_pipeline.pipeline_registry import register_pipelines
+from sce_pipeline.recommendation.bundle import read_bundle
 
 
 @pytest.fixture
@@ -123,3 +126,23 @@ print(json.dumps(found.items + found.unknown))
 def test_exporting_is_no_stage_of_a_run():
     stages = register_pipelines()["__default__"]
     assert "export.bundle_recommender" not in {node.name for node in stages.nodes}
+
+
+def test_the_encoder_goes_along_where_it_is_asked_for(project):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    project.run(pipelines=["export"], **SMALL_RUN, loss="ce", export={"onnx": True})
+    (folder,) = exported(project)
+    assert "encoder.onnx" in (folder / "model_card.md").read_text()
+    session = onnxruntime.InferenceSession(folder / "encoder.onnx")
+    inputs = {"items": np.array([[3, 4, 5]]), "lengths": np.array([3])}
+    (hidden,) = session.run(None, inputs)
+    table = load_file(folder / "model.safetensors")["item_embedding.weight"]
+    scores = np.sort((hidden @ table.T)[0])[::-1]
+    bundle = read_bundle(folder)
+    history = [bundle.catalogue.ids[item] for item in (3, 4, 5)]
+    found = sce_pipeline.load_recommender(folder).recommend(history, k=20, filter_seen=False)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-5)
+    project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+    assert not (folder / "encoder.onnx").exists()
+    assert "encoder.onnx" not in (folder / "model_card.md").read_text()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sce_pipeline.models import MODELS, Backbone, network_arguments
 from sce_pipeline.recommendation.catalogue import Catalogue
+from sce_pipeline.recommendation.onnx_encoder import write_encoder
 
 FORMAT = 1
 """Number of the form of the folder; another form gets another number."""
@@ -35,6 +36,9 @@ WEIGHTS, ITEMS, FACTS, CARD = FILES = (
     "model_card.md",
 )
 """The files of the folder."""
+
+ENCODER = "encoder.onnx"
+"""One more, where it is asked for."""
 
 UNFINISHED = ".unfinished"
 """How the name of a folder ends while it is being written."""
@@ -54,12 +58,14 @@ class Bundle:
         facts: ``model`` (its parameters), ``max_length``, and whatever else is worth knowing, in
             values that JSON can hold.
         card: What people should know, as Markdown.
+        with_encoder: Whether the encoder is also written as an ONNX file, ``encoder.onnx``.
     """
 
     weights: Mapping[str, Tensor]
     catalogue: Catalogue
     facts: Mapping[str, Any]
     card: str
+    with_encoder: bool = False
 
     def build(self) -> Backbone:
         """Return the backbone with its weights, on the CPU.
@@ -88,8 +94,10 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
 
     Raises:
         BundleError: Weights, items and parameters do not belong together.
+        ValueError: The encoder of this model cannot be written as an ONNX file.
+        ModuleNotFoundError: What PyTorch needs for that is not installed.
     """
-    bundle.build()
+    model = bundle.build()
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}{UNFINISHED}")
     unfinished.mkdir(parents=True)
     try:
@@ -103,6 +111,8 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
         facts = {"format": FORMAT, **bundle.facts}
         (unfinished / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (unfinished / CARD).write_text(bundle.card, encoding="utf-8")
+        if bundle.with_encoder:
+            write_encoder(model, unfinished / ENCODER)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
@@ -133,7 +143,8 @@ def read_bundle(folder: Path) -> Bundle:
         catalogue = Catalogue(_cut_texts("ids", items), [title or None for title in titles])
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise BundleError(f"a file in {folder} is damaged: {error}") from error
-    return Bundle(weights, catalogue, facts, (folder / CARD).read_text(encoding="utf-8"))
+    card = (folder / CARD).read_text(encoding="utf-8")
+    return Bundle(weights, catalogue, facts, card, (folder / ENCODER).is_file())
 
 
 def _join_texts(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -9,13 +9,14 @@ METRICS = {"ndcg": "NDCG", "hr": "HR", "coverage": "coverage"}
 """What a card shows, by the prefix of its keys."""
 
 
-def write_card(facts: Mapping[str, Any]) -> str:
+def write_card(facts: Mapping[str, Any], with_encoder: bool) -> str:
     """Write the card of a model, as Markdown.
 
     Args:
         facts: ``dataset``, ``weights_version``, ``n_items``, ``n_parameters``, ``model``,
             ``max_length``, ``training`` and ``data_processing`` (their parameters), ``best_epoch``,
             and ``metrics``: of the model and by popularity, or None where it was not measured.
+        with_encoder: Whether there is an ONNX file of the encoder.
     """
     model, loss = facts["model"]["name"], facts["training"]["loss"]["name"]
     sections = [
@@ -28,6 +29,7 @@ def write_card(facts: Mapping[str, Any]) -> str:
         _tabulate(facts["metrics"]),
         "## How to use it",
         USE.format(max_length=facts["max_length"]),
+        *([ENCODER.format(max_length=facts["max_length"])] if with_encoder else []),
         "## What it is for, and what not",
         LIMITS.format(dataset=facts["dataset"]),
     ]
@@ -48,6 +50,13 @@ The result has ids, titles and scores, the best first, and the ids of the histor
 does not know. `allow` and `deny` are lists of ids, `filter_seen=False` keeps what the history
 holds, `recommend_batch` takes many histories. The last {max_length} known items of a history are
 read."""
+
+ENCODER = """\
+`encoder.onnx` maps histories of item numbers to hidden states, whose products with the rows of
+`item_embedding.weight` in `model.safetensors` are the scores. Its inputs are `items`, int64
+[histories, longest], each history followed by any items, and `lengths`, int64 [histories]: give it
+at most the last {max_length} items of a history and at least one. Item i is the i-th of
+`items.safetensors`, where `ids_stops` says at which byte of `ids` each id ends."""
 
 LIMITS = """\
 For ranking items of this catalogue by what tends to follow a history like those of {dataset}. Users

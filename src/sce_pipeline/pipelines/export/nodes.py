@@ -9,6 +9,7 @@ import polars as pl
 from torch import Tensor
 
 from sce_pipeline import __version__
+from sce_pipeline.parameters import ExportParameters
 from sce_pipeline.recommendation.bundle import Bundle
 from sce_pipeline.recommendation.card import write_card
 from sce_pipeline.recommendation.catalogue import Catalogue
@@ -50,7 +51,10 @@ def describe_model(
 
 
 def bundle_recommender(
-    model_weights: dict[str, Tensor], items: pl.DataFrame, model_facts: dict[str, Any]
+    model_weights: dict[str, Tensor],
+    items: pl.DataFrame,
+    model_facts: dict[str, Any],
+    export: ExportParameters,
 ) -> Bundle:
     """Put weights, items, facts and the card together."""
     items = items.sort("item")
@@ -60,4 +64,5 @@ def bundle_recommender(
         "n_items": len(items),
         "n_parameters": sum(values.numel() for values in model_weights.values()),
     }
-    return Bundle(model_weights, catalogue, facts, write_card(facts))
+    card = write_card(facts, export.onnx)
+    return Bundle(model_weights, catalogue, facts, card, export.onnx)

@@ -25,7 +25,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 bundle_recommender,
-                inputs=["model_weights", "items", "model_facts"],
+                inputs=["model_weights", "items", "model_facts", "params:export"],
                 outputs="exported_recommender",
                 name="bundle_recommender",
             ),
