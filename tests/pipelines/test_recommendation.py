@@ -205,6 +205,9 @@ def test_the_weights_of_a_chosen_version_are_used(project):
     assert read_report(project)["folder"].startswith(first.parent.name)
     _, report = recommend(project)
     assert report["folder"].startswith(second.parent.name)
+    project.run(pipelines=["training", "recommendation"], **parameters)
+    third = project.versions("06_models", "walk", "ce", "model_weights.safetensors")[-1]
+    assert read_report(project)["folder"].startswith(third.parent.name)
 
 
 def test_weights_of_another_catalogue_are_refused(project):

@@ -119,6 +119,23 @@ def test_scores_are_those_of_each_history_alone_in_float64(name):
             assert (np.diff(row_scores[:n_left]) <= 0).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_a_gpu_gives_the_same_lists(filter_seen):
+    generator = np.random.default_rng(0)
+    table = generator.integers(-3, 4, (5000, 4)).astype(float)
+    histories = [generator.integers(5000, size=size) for size in generator.integers(0, 9, 300)]
+    excluded = generator.random(5000) < 0.3
+    on_cpu, on_gpu = (
+        Recommender(LastItem(table).to(device)).recommend(
+            join(histories), offsets_of(histories), 20, filter_seen, excluded
+        )
+        for device in ("cpu", "cuda")
+    )
+    for first, second in zip(on_cpu, on_gpu, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
 def test_weights_that_are_not_finite_are_refused():
     table = np.ones((4, 2))
     table[2, 1] = np.nan
