@@ -121,7 +121,10 @@ class NodeCostHooks:
 
 
 class VersionHooks:
-    """Let a run load what it has saved itself, whatever another run has saved since."""
+    """Let a run load what it has saved itself, whatever another run has saved since.
+
+    A pipeline that wants to know which weights it loads is told their version.
+    """
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
@@ -131,6 +134,9 @@ class VersionHooks:
             if isinstance(dataset, AbstractVersionedDataset) and dataset._version:
                 version = dataset.resolve_save_version()
                 dataset._version = Version(version, version)
+        if "weights_version" in pipeline.inputs():
+            weights: Any = catalog.get("model_weights")
+            catalog["weights_version"] = weights.resolve_load_version()
 
 
 class CheckpointHooks:

@@ -16,6 +16,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StrictInt,
+    StrictStr,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -179,9 +181,6 @@ class BERT4RecParameters(_TransformerParameters):
     mask_probability: OpenFraction
     last_mask_probability: Annotated[float, Field(ge=0, le=1)]
 
-
-MASKING = frozenset({"mask_probability", "last_mask_probability"})
-"""Parameters of a model that are about its training and no part of the network."""
 
 ModelParameters = Annotated[
     SASRecParameters | GRU4RecParameters | BERT4RecParameters, Field(discriminator="name")
@@ -547,6 +546,33 @@ class ProfilingParameters(Parameters):
     suggestion: SuggestionParameters
 
 
+ItemIds = tuple[StrictStr | StrictInt, ...]
+"""Original ids of items; numbers are read as the text that a log would have them as."""
+
+
+class RecommendationParameters(Parameters):
+    """What is recommended to whom.
+
+    ``histories: log`` serves every user of the log, ``file`` those of a table of histories. Of the
+    ``k`` items ``filter_seen`` leaves out those of the history; ``deny`` is stronger than
+    ``allow``, which is null where everything may be recommended.
+    """
+
+    k: Annotated[int, Field(ge=1, le=1000)]
+    filter_seen: bool
+    histories: Literal["log", "file"]
+    allow: ItemIds | None
+    deny: ItemIds
+    users_per_partition: PositiveInt
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+
+class ExportParameters(Parameters):
+    """What an exported folder holds: with ``onnx`` also SASRec's encoder as an ONNX file."""
+
+    onnx: bool
+
+
 class DatasetPreset(Parameters):
     """What a data set's preset may say; the values within a group are checked once merged."""
 
@@ -655,6 +681,8 @@ class RunParameters(Parameters):
 
     baselines: BaselineParameters
     comparison: ComparisonParameters
+    recommendation: RecommendationParameters
+    export: ExportParameters
     dataset_presets: dict[str, DatasetPreset]
     model_presets: dict[str, Any]
     loss_presets: dict[str, Any]

@@ -5,7 +5,18 @@ from __future__ import annotations
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-ON_REQUEST = frozenset({"baselines", "comparison", "profiling", "suggest", "sweep", "synthetic"})
+ON_REQUEST = frozenset(
+    {
+        "baselines",
+        "comparison",
+        "export",
+        "profiling",
+        "recommendation",
+        "suggest",
+        "sweep",
+        "synthetic",
+    }
+)
 """Pipelines that are no stage of a run."""
 
 

@@ -7,13 +7,12 @@ of the item table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
@@ -33,7 +32,7 @@ NO_ITEM = -1
 """Fills the end of a list of top items where fewer items are left than it has places."""
 
 _LEFT_OUT = -torch.inf
-"""Score of a seen item, below those of all others."""
+"""Score of an item that is left out, below those of all others."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,22 @@ class Ranking:
     def cpu(self) -> Ranking:
         """Return the same ranking on the CPU."""
         return Ranking(self.target_ranks.cpu(), self.top_items.cpu(), self.finite.cpu())
+
+
+@dataclass(frozen=True)
+class TopItems:
+    """The first items of some users, best first, with their scores.
+
+    Attributes:
+        items: Ids, then ``NO_ITEM`` where fewer are left than there are places; int64 [users, k].
+        scores: Their scores, then -inf; float32 [users, k].
+        finite: Whether all scores of a user are finite, without which the rest is void; bool
+            [users].
+    """
+
+    items: Tensor
+    scores: Tensor
+    finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,13 +146,46 @@ def rank_block(
         ValueError: The shapes do not fit together. Scores that are not finite are errors too, which
             ``join_rankings`` raises.
     """
-    table = item_embeddings.float()
+    score, size = _products(hidden, item_embeddings), (len(hidden), len(item_embeddings))
+    return rank_scores(score, size, hidden.device, targets, seen, k, shard)
 
-    def score(users: slice) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return hidden[users].float() @ table.T
 
-    return rank_scores(score, (len(hidden), len(table)), hidden.device, targets, seen, k, shard)
+@torch.no_grad()
+def find_top_items(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    seen: tuple[Tensor, Tensor] | None,
+    k: int,
+    excluded: Tensor | None = None,
+) -> TopItems:
+    """Find the first items of some users, in the order and within the memory of ``rank_block``.
+
+    Args:
+        hidden: A state for each user, [users, d].
+        item_embeddings: The item table, [n_items, d].
+        seen: Each user's items to leave out, as for ``rank_block``.
+        k: Length of the lists, 1 or more.
+        excluded: Which items to leave out for everybody, bool [n_items]; None leaves out nothing.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    n_users, n_items = len(hidden), len(item_embeddings)
+    _check_sizes(n_users, n_items, seen, None)
+    if excluded is not None and len(excluded) != n_items:
+        raise ValueError(f"excluded must say of {n_items} items whether, got {len(excluded)}")
+    items = torch.empty(n_users, k, dtype=torch.int64, device=hidden.device)
+    values = torch.empty(n_users, k, dtype=torch.float32, device=hidden.device)
+    finite = torch.empty(n_users, dtype=torch.bool, device=hidden.device)
+    score = _products(hidden, item_embeddings)
+    for users, scores, all_finite in _score_blocks(
+        score, n_users, n_items, hidden.device, seen, None
+    ):
+        if excluded is not None:
+            scores.masked_fill_(excluded, _LEFT_OUT)
+        finite[users] = all_finite
+        items[users], values[users] = _top_items(scores, k, None)
+    return TopItems(items, values, finite)
 
 
 @torch.no_grad()
@@ -166,27 +214,19 @@ def rank_scores(
         ValueError: The shapes do not fit together.
     """
     n_users, n_items = size
-    _check_sizes(n_users, n_items, targets, seen, shard)
-    first_item, largest = (shard.first_item, shard.largest) if shard else (0, n_items)
-    at_once = SCORES_AT_ONCE_ON_CPU if device.type == "cpu" else SCORES_AT_ONCE
-    at_once = max(1, at_once // largest)
-    starts = range(0, n_users, at_once)
-    left_out = _cut(seen, [*starts, n_users], device) if seen else None
+    _check_sizes(n_users, n_items, seen, shard)
+    if len(targets) != n_users:
+        raise ValueError(f"{n_users} hidden states need as many targets, got {len(targets)}")
+    first_item = shard.first_item if shard else 0
     target_ranks = torch.empty(n_users, dtype=torch.int64, device=device)
     top_items = torch.empty(n_users, k, dtype=torch.int64, device=device)
     finite = torch.empty(n_users, dtype=torch.bool, device=device)
-    for block, start in enumerate(starts):
-        users = slice(start, start + at_once)
-        scores = score(users)
-        all_finite = scores.amin(dim=1).isfinite() & scores.amax(dim=1).isfinite()
-        if left_out:
-            rows, items = left_out[block]
-            _leave_out(scores, rows, items - first_item, shard)
+    for users, scores, all_finite in _score_blocks(score, n_users, n_items, device, seen, shard):
         target_ranks[users], finite[users] = _rank_targets(
             scores, targets[users] - first_item, all_finite, shard
         )
         if k > 0:
-            top_items[users] = _top_items(scores, k, shard)
+            top_items[users], _ = _top_items(scores, k, shard)
     return Ranking(target_ranks, top_items, finite)
 
 
@@ -281,6 +321,8 @@ def _rank_blocks(
             f"the sequences are of {expected} items, but {n_items} have an embedding; "
             "train and evaluate on the same data"
         )
+    from rich.progress import track  # noqa: PLC0415 - whoever only serves a model needs no rich
+
     blocks = UserBlocks(sequences, filter_seen).to(device)
     rankings = []
     for block in track(blocks, description="Ranking"):
@@ -298,7 +340,6 @@ def _rank_blocks(
 def _check_sizes(
     n_users: int,
     n_items: int,
-    targets: Tensor,
     seen: tuple[Tensor, Tensor] | None,
     shard: Shard | None,
 ) -> None:
@@ -308,10 +349,48 @@ def _check_sizes(
         raise ValueError(
             f"shard.largest is {shard.largest} rows, but item_embeddings holds {n_items}"
         )
-    if len(targets) != n_users:
-        raise ValueError(f"{n_users} hidden states need as many targets, got {len(targets)}")
     if seen is not None and len(seen[1]) != n_users + 1:
         raise ValueError(f"{n_users} hidden states need {n_users + 1} offsets, got {len(seen[1])}")
+
+
+def _products(hidden: Tensor, item_embeddings: Tensor) -> Callable[[slice], Tensor]:
+    """Return what scores all items for some users by products in float32."""
+    table = item_embeddings.float()
+
+    def score(users: slice) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden[users].float() @ table.T
+
+    return score
+
+
+def _score_blocks(
+    score: Callable[[slice], Tensor],
+    n_users: int,
+    n_items: int,
+    device: torch.device,
+    seen: tuple[Tensor, Tensor] | None,
+    shard: Shard | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Score all items for as many users at once as memory is meant for.
+
+    Yields:
+        The users, their scores [users, n_items] with seen items left out, and whether they were
+        finite before that, bool [users].
+    """
+    first_item, largest = (shard.first_item, shard.largest) if shard else (0, n_items)
+    at_once = SCORES_AT_ONCE_ON_CPU if device.type == "cpu" else SCORES_AT_ONCE
+    at_once = max(1, at_once // largest)
+    starts = range(0, n_users, at_once)
+    left_out = _cut(seen, [*starts, n_users], device) if seen else None
+    for block, start in enumerate(starts):
+        users = slice(start, start + at_once)
+        scores = score(users)
+        finite = scores.amin(dim=1).isfinite() & scores.amax(dim=1).isfinite()
+        if left_out:
+            rows, items = left_out[block]
+            _leave_out(scores, rows, items - first_item, shard)
+        yield users, scores, finite
 
 
 def _cut(
@@ -376,8 +455,12 @@ def _rank_targets(
     return ranks, counts[1] == 0
 
 
-def _top_items(scores: Tensor, k: int, shard: Shard | None) -> Tensor:
-    """Find the first k items by scores [users, n_items] of the shard: ids, int64 [users, k]."""
+def _top_items(scores: Tensor, k: int, shard: Shard | None) -> tuple[Tensor, Tensor]:
+    """Find the first k items by scores [users, n_items] of the shard.
+
+    Returns:
+        Their ids, int64 [users, k], and scores [users, k].
+    """
     n_items = scores.shape[1]
     width = min(k, n_items)
     # One place more than asked for tells whether equal scores contest the last one: topk may give
@@ -395,7 +478,7 @@ def _top_items(scores: Tensor, k: int, shard: Shard | None) -> Tensor:
     items, by_id = items.sort(dim=1)
     values, by_score = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     items = items.gather(1, by_score).masked_fill_(values == _LEFT_OUT, NO_ITEM)
-    return items[:, :k]
+    return items[:, :k], values[:, :k]
 
 
 def _keys(scores: Tensor) -> Tensor:

@@ -20,19 +20,19 @@ from sce_pipeline.interactions.timestamps import (
 )
 from sce_pipeline.parameters import Columns
 
-_TABLE = "The log"
 _KEPT = "kept"
 _UNPARSEABLE = "unparseable timestamp"
 
 
 def clean_interactions(
-    log: nw.LazyFrame[Any], columns: Columns
+    log: nw.LazyFrame[Any], columns: Columns, table: str = "The log"
 ) -> tuple[nw.LazyFrame[Any], Report]:
     """Bring a raw log to the form that all later steps know.
 
     Args:
         log: Any columns, and ``row``, the place of each row in its file.
         columns: Which of them are the user, the item and the timestamp.
+        table: What to call the log in an error.
 
     Returns:
         The rows that can be used, with the columns user (String), item (String), timestamp
@@ -42,10 +42,10 @@ def clean_interactions(
         InteractionsError: A column is missing or of a type without meaning, or no row can be used.
     """
     roles = {f"data_processing.columns.{role}": name for role, name in columns.model_dump().items()}
-    require_columns(log, roles, _TABLE)
+    require_columns(log, roles, table)
     read = log.select(
-        user=identifiers(log, columns.user, _TABLE),
-        item=identifiers(log, columns.item, _TABLE),
+        user=identifiers(log, columns.user, table),
+        item=identifiers(log, columns.item, table),
         row=nw.col(ROW).cast(nw.Int64),
         **read_timestamps(log, columns.timestamp),
     )
@@ -54,7 +54,7 @@ def clean_interactions(
     fates = _tally(labelled)
     dropped = _describe_dropped(labelled, fates)
     if _KEPT not in fates:
-        raise InteractionsError(_nothing_left(raw["rows"], dropped, columns))
+        raise InteractionsError(_nothing_left(table, raw["rows"], dropped, columns))
 
     interactions = labelled.filter(nw.col("fate") == _KEPT).select(
         "user",
@@ -138,9 +138,9 @@ def _describe_dropped(
     return dropped
 
 
-def _nothing_left(n_rows: int, dropped: dict[str, Report], columns: Columns) -> str:
+def _nothing_left(table: str, n_rows: int, dropped: dict[str, Report], columns: Columns) -> str:
     if n_rows == 0:
-        return f"{_TABLE} has no rows"
+        return f"{table} has no rows"
     reasons = []
     for reason, tally in dropped.items():
         role = reason.split()[-1]  # a reason ends with the role of its column
@@ -148,6 +148,7 @@ def _nothing_left(n_rows: int, dropped: dict[str, Report], columns: Columns) -> 
         value = f": {tally['example']!r}" if "example" in tally else ""
         reasons.append(f"{tally['rows']:,} with {reason} ({where}{value})")
     return (
-        f"None of the {n_rows:,} rows of the log can be used: {'; '.join(reasons)}. Timestamps are "
-        f"numbers since 1970 or ISO 8601 dates between the years 1 and 9999"
+        f"None of the {n_rows:,} rows of {table[0].lower()}{table[1:]} can be used: "
+        f"{'; '.join(reasons)}. Timestamps are numbers since 1970 or ISO 8601 dates between the "
+        f"years 1 and 9999"
     )

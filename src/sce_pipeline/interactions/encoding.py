@@ -37,8 +37,8 @@ def encode_interactions(
         InteractionsError: The table of items lacks a column or has ids without meaning.
     """
     interactions = interactions.rename({"user": "userid", "item": "itemid"})
-    users = _number(interactions, "userid", "user")
-    items = _number(interactions, "itemid", "item")
+    users = number_ids(interactions, "userid", "user")
+    items = number_ids(interactions, "itemid", "item")
     repeated = 0
     if item_titles is None:
         items = items.with_columns(title=nw.lit(None, nw.String))
@@ -58,8 +58,17 @@ def encode_interactions(
     return encoded, items, users, report | {"repeated_item_rows": repeated}
 
 
-def _number(interactions: nw.LazyFrame[Any], id_name: str, index_name: str) -> nw.LazyFrame[Any]:
-    """Number distinct ids in their order: that of numbers if all are integers, else of text."""
+def number_ids(interactions: nw.LazyFrame[Any], id_name: str, index_name: str) -> nw.LazyFrame[Any]:
+    """Number distinct ids in their order: that of numbers if all are integers, else of text.
+
+    Args:
+        interactions: Any columns, among them the ids.
+        id_name: The column of the ids (String).
+        index_name: What to call their numbers.
+
+    Returns:
+        The numbers 0, 1, … (Int32) and the ids, in order.
+    """
     ids = interactions.select(id_name).unique()
     (are,) = collect_rows(ids.select(integers=nw.col(id_name).str.contains(_INTEGER).all()))
     order = [id_name]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sce_pipeline.models.backbone import Backbone
 from sce_pipeline.models.bert4rec import BERT4Rec
 from sce_pipeline.models.gru4rec import GRU4Rec
-from sce_pipeline.models.masking import draw_mask
+from sce_pipeline.models.masking import MASKING, draw_mask
 from sce_pipeline.models.packing import Packing
 from sce_pipeline.models.sasrec import SASRec
-from sce_pipeline.parameters import MASKING, ModelParameters
+
+if TYPE_CHECKING:  # whoever only serves a model needs no pydantic
+    from sce_pipeline.parameters import ModelParameters
 
 MODELS: dict[str, Callable[..., Backbone]] = {
     "sasrec": SASRec,
@@ -31,12 +34,18 @@ __all__ = [
     "build_model",
     "draw_mask",
     "load_model",
+    "network_arguments",
 ]
+
+
+def network_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the network out of a model's parameters: no name, no masking."""
+    return {name: value for name, value in model.items() if name not in {"name", *MASKING}}
 
 
 def build_model(parameters: ModelParameters, n_items: int, max_length: int) -> Backbone:
     """Return a freshly initialised backbone for a catalogue and a longest history."""
-    arguments = parameters.model_dump(exclude={"name", *MASKING})
+    arguments = network_arguments(parameters.model_dump())
     return MODELS[parameters.name](n_items, max_length, **arguments)
 
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from sce_pipeline.models.packing import Packing
 
+MASKING = frozenset({"mask_probability", "last_mask_probability"})
+"""Parameters of a model that are about its training and no part of the network."""
+
 
 def draw_mask(
     lengths: Tensor, probability: float, last_probability: float, generator: torch.Generator

@@ -1,0 +1,68 @@
+"""Nodes of the pipeline of exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import polars as pl
+from torch import Tensor
+
+from sce_pipeline import __version__
+from sce_pipeline.parameters import ExportParameters
+from sce_pipeline.recommendation.bundle import Bundle
+from sce_pipeline.recommendation.card import write_card
+from sce_pipeline.recommendation.catalogue import Catalogue
+
+Partitions = dict[str, Callable[[], Any]]
+
+
+def describe_model(
+    weights_version: str,
+    run_histories: Partitions,
+    measured_versions: Partitions,
+    dataset: str,
+    loss: str,
+) -> dict[str, Any]:
+    """Put together what is known of the weights that are loaded.
+
+    Raises:
+        ValueError: The training history of these weights is not there.
+    """
+    name = f"{loss}/training_history.json/{weights_version}"
+    if name not in run_histories:
+        raise ValueError(
+            f"there is no training history of the version {weights_version} of loss {loss}, "
+            "without which the model's parameters are not known"
+        )
+    history = run_histories[name]()
+    measured = measured_versions.get(weights_version)
+    return {
+        "dataset": dataset,
+        "weights_version": weights_version,
+        "sce_pipeline": __version__,
+        "model": history["parameters"]["model"],
+        "max_length": history["data_processing"]["max_length"],
+        "training": history["parameters"],
+        "data_processing": history["data_processing"],
+        "best_epoch": history["best_epoch"],
+        "metrics": measured() if measured else None,
+    }
+
+
+def bundle_recommender(
+    model_weights: dict[str, Tensor],
+    items: pl.DataFrame,
+    model_facts: dict[str, Any],
+    export: ExportParameters,
+) -> Bundle:
+    """Put weights, items, facts and the card together."""
+    items = items.sort("item")
+    catalogue = Catalogue(items["itemid"].to_list(), items["title"].to_list())
+    facts = {
+        **model_facts,
+        "n_items": len(items),
+        "n_parameters": sum(values.numel() for values in model_weights.values()),
+    }
+    card = write_card(facts, export.onnx)
+    return Bundle(model_weights, catalogue, facts, card, export.onnx)

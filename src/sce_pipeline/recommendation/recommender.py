@@ -1,0 +1,101 @@
+"""A trained backbone that lists the best items for histories of item numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
+from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems, find_top_items
+from sce_pipeline.models import Backbone
+
+
+class Recommender:
+    """Lists the best items for histories, on the device of a model.
+
+    Args:
+        model: A trained backbone.
+    """
+
+    def __init__(self, model: Backbone) -> None:
+        self._model = model.eval()
+
+    @property
+    def n_items(self) -> int:
+        """Size of the catalogue."""
+        return len(self._model.item_embeddings)
+
+    @property
+    def max_length(self) -> int:
+        """Most items of a history that the model reads, the last ones."""
+        return self._model.max_length
+
+    @torch.inference_mode()
+    def recommend(
+        self,
+        items: np.ndarray,
+        offsets: np.ndarray,
+        k: int,
+        filter_seen: bool,
+        excluded: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """List the k best items for each of some histories.
+
+        Items are ordered by score and equal scores by number. The histories are encoded and ranked
+        in blocks, as held-out users are; the device is waited for once a block.
+
+        Args:
+            items: The items of all histories end to end, each in order of time, integers [rows].
+            offsets: Where each begins, and the end: int64 [n + 1]. An empty history gets no items.
+            k: Length of the lists.
+            filter_seen: Whether to leave out the items of a history, the whole of it.
+            excluded: Items to leave out for everybody, bool [n_items]; None leaves out nothing.
+
+        Returns:
+            The items, int32 [n, k], filled up with ``NO_ITEM`` where fewer are left than there are
+            places, and their scores, float32 [n, k], filled up with -inf.
+
+        Raises:
+            ValueError: An item lies outside the catalogue, shapes do not fit together, or scores
+                are not finite.
+        """
+        served = np.flatnonzero(np.diff(offsets))
+        best_items = np.full((len(offsets) - 1, k), NO_ITEM, dtype=np.int32)
+        best_scores = np.full((len(offsets) - 1, k), -np.inf, dtype=np.float32)
+        if not served.size:
+            return best_items, best_scores
+        device = self._model.item_embeddings.device
+        left_out = None if excluded is None else torch.from_numpy(excluded).to(device)
+        blocks = UserBlocks(self._sequences(items, offsets, served), filter_seen).to(device)
+        stop = 0
+        for block in blocks:
+            top = self._find(block, k, left_out)
+            start, stop = stop, stop + len(top.items)
+            self._check(top)
+            best_items[served[start:stop]] = top.items.cpu().numpy()
+            best_scores[served[start:stop]] = top.scores.cpu().numpy()
+        return best_items, best_scores
+
+    def _sequences(
+        self, items: np.ndarray, offsets: np.ndarray, served: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        return {
+            "users": served,
+            "items": items,
+            "offsets": np.append(offsets[served], offsets[-1]),
+            "targets": np.zeros(len(served), dtype=np.int32),  # nobody asks where these stand
+            "n_items": np.array([self.n_items]),
+            "max_length": np.array([self.max_length]),
+        }
+
+    def _find(self, block: UserBlock, k: int, left_out: Tensor | None) -> TopItems:
+        hidden = self._model.encode_last(self._model.embed(block.items), block.packing)
+        return find_top_items(hidden, self._model.item_embeddings, block.seen, k, left_out)
+
+    def _check(self, top: TopItems) -> None:
+        if not bool(top.finite.all()):
+            raise ValueError(
+                f"{int((~top.finite).sum())} of {len(top.finite)} histories have scores that are "
+                "not finite: the model's weights hold NaN, infinity or huge numbers"
+            )
