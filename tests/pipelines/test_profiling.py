@@ -114,11 +114,13 @@ def test_a_line_for_each_loss_and_a_panel_for_each_batch(plot, factor):
 def test_the_map_has_the_fastest_loss_that_fits_in_its_colour():
     (tiles,) = plot_best_losses(make_profile()).data
     assert (tiles.x, tiles.y) == (("10", "1,000"), ("2", "4"))
-    assert [list(row) for row in tiles.text] == [["ce", "sce"], ["sce", NONE_FITS]]
+    words = [["ce", "sce<br>none exact"], ["sce<br>ce × 1.2", NONE_FITS]]
+    assert [list(row) for row in tiles.text] == words
     scale = dict(tiles.colorscale[::2])
     n = len(scale)
-    for names, places in zip(tiles.text, tiles.z, strict=True):
-        for name, place in zip(names, places, strict=True):
+    for texts, places in zip(tiles.text, tiles.z, strict=True):
+        for text, place in zip(texts, places, strict=True):
+            name = text.split("<br>")[0]
             share = (place - tiles.zmin) / (tiles.zmax - tiles.zmin)
             colour = scale[max(start for start in scale if start <= share)]
             assert name == NONE_FITS or colour == colour_of(name)
