@@ -15,7 +15,8 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
-	$(BIN)/python -m pytest -n 8 tests/losses tests/models tests/evaluation tests/training
+	$(BIN)/python -m pytest -n 8 tests/losses tests/models tests/evaluation tests/training \
+		tests/profiling tests/diagnostics tests/recommendation
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
