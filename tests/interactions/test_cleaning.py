@@ -22,7 +22,7 @@ def clean(**columns):
     length = max(len(values) for values in columns.values() if not isinstance(values, str))
     defaults = {"who": ["u"] * length, "what": ["i"] * length, "when": [NOON_SECONDS] * length}
     frame = pl.LazyFrame(defaults | columns | {"row": range(length)})
-    cleaned, report = clean_interactions(nw.from_native(frame), COLUMNS)
+    cleaned, _, report = clean_interactions(nw.from_native(frame), COLUMNS)
     return cleaned.to_native().collect(), report
 
 
@@ -49,6 +49,7 @@ def test_the_columns_and_types_are_those_of_the_contract():
         "raw": {"rows": 2, "users": 2, "items": 2},
         "kept": {"rows": 2, "users": 2, "items": 2},
         "dropped": {},
+        "doubtful": {},
         "timestamp_unit": "seconds",
         "first_timestamp": "1970-01-01T00:00:01",
         "last_timestamp": "1970-01-01T00:00:02",

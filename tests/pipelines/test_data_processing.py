@@ -26,6 +26,7 @@ PARAMETERS = {
 }
 
 OUTPUTS = {
+    "rejected_interactions",
     "encoded_interactions",
     "items",
     "users",
