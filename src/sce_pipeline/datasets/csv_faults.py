@@ -1,4 +1,4 @@
-"""Where a CSV file is at fault: looked for once reading it has failed, and never before."""
+"""Where a CSV file is at fault: rows are looked at once reading them has failed, never before."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -30,6 +31,12 @@ def find_fault(file: Path) -> str | None:
             return _first_fault(_records(stream))
     except (OSError, EOFError, zlib.error):  # a damaged archive, which its reader has told
         return None
+
+
+def find_header_fault(file: Path) -> str | None:
+    """Do the same for the header alone: a quote amid it would hide the rows below it."""
+    with open_log(file) as stream:
+        return _first_fault(islice(_records(stream), 1))
 
 
 @contextmanager

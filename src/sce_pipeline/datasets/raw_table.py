@@ -16,7 +16,7 @@ from kedro.io import AbstractDataset, DatasetError
 from polars.exceptions import PanicException, PolarsError
 from polars.io.plugins import register_io_source
 
-from sce_pipeline.datasets.csv_faults import LONGEST_RECORD, find_fault, open_log
+from sce_pipeline.datasets.csv_faults import LONGEST_RECORD, find_fault, find_header_fault, open_log
 from sce_pipeline.interactions.columns import ROW
 
 _LARGEST_GROWTH = 100
@@ -149,14 +149,22 @@ def _scan(file: Path) -> pl.LazyFrame:
         if table.head(1).collect().is_empty():
             raise DatasetError(f"{file} has columns but no rows: {columns}")
 
+    # Polars sees values too many in a row of text, which shift the others, where it reads all
+    # columns: the first reading does.
+    is_whole = file.suffix == ".parquet"
+
     def read(
         columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, size: int | None
     ) -> Iterator[pl.DataFrame]:
         part = table if n_rows is None else table.head(n_rows)
         part = part if predicate is None else part.filter(predicate)
-        part = part if columns is None else part.select(columns)
+        names = list(schema) if columns is None else columns
+        nonlocal is_whole
+        part = part.select(names) if is_whole else part
         with _naming(file):
-            yield from part.collect_batches(chunk_size=size)
+            for batch in part.collect_batches(chunk_size=size):
+                yield batch.select(names)
+        is_whole = is_whole or n_rows is None
 
     return register_io_source(read, schema=schema, is_pure=True)
 
@@ -175,6 +183,8 @@ def _scan_csv(file: Path) -> pl.LazyFrame:
         raise DatasetError(f"{file} is not comma-separated text; it begins with {header[:60]!r}")
     if len(names) == 1 and any(separator in header for separator in ";\t|"):
         raise DatasetError(f"{file} must be separated by commas; its header is {header[:60]!r}")
+    if fault := find_header_fault(file):
+        raise DatasetError(f"Cannot read {file}: {fault}")
     if repeated := [name for name in names if _REPEATED.search(name)]:
         name = _REPEATED.sub("", repeated[0])
         raise DatasetError(f"{file} has the column {name!r} more than once: rename or remove one")

@@ -47,7 +47,8 @@ class StreamedTableDataset(AbstractDataset["pl.LazyFrame", "pl.LazyFrame"]):
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._filepath.with_name(f"unfinished_{self._filepath.name}")
         try:
-            data.sink_parquet(unfinished)
+            with unfinished.open("wb") as stream:  # which is there, or not, when Polars fails
+                data.sink_parquet(stream)
             unfinished.replace(self._filepath)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ def clean_interactions(
         raw_user=as_found(log, columns.user),
         raw_item=as_found(log, columns.item),
         row=nw.col(ROW).cast(nw.Int64),
+        spans_lines=_spans_lines(log, set(roles.values())),
         **read_timestamps(log, columns.timestamp),
     )
     raw, unit = _survey(read)
@@ -143,4 +144,21 @@ def _doubts() -> dict[str, nw.Expr]:
         "space around an id": either(lambda text: text != text.str.strip_chars()),
         "id that says it is missing": either(lambda text: text.is_in(_NAMES_OF_NOTHING)),
         "timestamp of exactly 0": nw.col("number").fill_null(1.0) == 0,
+        "line break in another column, where a misplaced quote may hide rows": nw.col(
+            "spans_lines"
+        ),
     }
+
+
+def _spans_lines(log: nw.LazyFrame[Any], used: set[str]) -> nw.Expr:
+    """Say whether a row has a line break in a column that is not used, if all comes from a text.
+
+    In the columns that are used line breaks make ids and timestamps unreadable.
+    """
+    schema = log.collect_schema()
+    columns = [name for name in schema if name != ROW]
+    others = [name for name in columns if name not in used]
+    if not others or any(schema[name] != nw.String for name in columns):
+        return nw.lit(False)
+    breaks = [nw.col(name).str.contains("\n", literal=True) for name in others]
+    return nw.any_horizontal(*breaks, ignore_nulls=True)
