@@ -5,7 +5,7 @@ from __future__ import annotations
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-ON_REQUEST = frozenset({"baselines", "comparison", "sweep", "synthetic"})
+ON_REQUEST = frozenset({"baselines", "comparison", "download", "sweep", "synthetic"})
 """Pipelines that are no stage of a run."""
 
 
