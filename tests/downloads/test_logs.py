@@ -67,6 +67,10 @@ CONTENTS = {
         b'0\t2010-10-19T23:55:27Z\t30.2\t-97.7\t22847\n7\t2010-10-18T22:17:43Z\t30.2\t-97.7\t4"2\n'
     ),
     "amazon_beauty": reviews(),
+    "beeradvocate": gzip.compress(
+        b"{'beer/beerId': '47986', 'review/profileName': \"O'Neil\", 'review/time': '1234817823'}\n"
+        b"{}\n{'beer/name': 'x', 'beer/beerId': '7', 'review/profileName': 'a\\tb'}\n"
+    ),
     "kindle_store": b"A1,B1,5.0,1405686605\nA2,B2,4.0,1405686606\n",
 }
 TABLES = {
@@ -79,6 +83,10 @@ TABLES = {
         None,
     ),
     "amazon_beauty": ([("A1", "B1", 5), ("A2", "B1", 6), ("A1", "B2", 7)], None),
+    "beeradvocate": (
+        [("O'Neil", "47986", "1234817823"), (None, None, None), ("a\tb", "7", None)],
+        None,
+    ),
     "kindle_store": ([("A1", "B1", "1405686605"), ("A2", "B2", "1405686606")], None),
 } | dict.fromkeys(
     ("movielens_latest_small", "movielens_20m"),
@@ -184,6 +192,11 @@ def test_two_runs_do_not_download_to_one_place(site, tmp_path):
         ("gowalla", gzip.compress(b""), "Cannot read"),
         ("gowalla", gzip.compress(b"a\tb\n"), "Cannot read"),
         ("amazon_beauty", gzip.compress(b"{'reviewerID': 'A1'}\n"), "Cannot read"),
+        ("beeradvocate", gzip.compress(b""), "has no interactions"),
+        ("beeradvocate", gzip.compress(b"__import__('os').getcwd()\n"), "line 1: expected a dict"),
+        ("beeradvocate", gzip.compress(b"{'beer/beerId': 7}\n"), "line 1: expected a dict"),
+        ("beeradvocate", gzip.compress(b"(" * 10**6 + b"\n"), "line 1: expected a dictionary"),
+        ("beeradvocate", gzip.compress(b"\xff\n"), "line 1: expected a dictionary"),
         ("movielens_20m", zipped(**{"ml-20m__ratings_dot_csv": b"a,b\n1,2\n"}), "has 0 files"),
         ("movielens_1m", b"", "is no whole zip archive"),
     ],

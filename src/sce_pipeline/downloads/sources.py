@@ -9,7 +9,9 @@ from sce_pipeline.downloads.errors import DownloadError
 
 MB = 10**6
 
-Form = Literal["movielens_csv", "movielens_1m", "gowalla", "amazon_json", "amazon_csv"]
+Form = Literal[
+    "movielens_csv", "movielens_1m", "gowalla", "amazon_json", "amazon_csv", "beeradvocate"
+]
 """How a log is written; see ``tables``."""
 
 
@@ -59,6 +61,8 @@ _AMAZON_TERMS = (
     "Collaborative Filtering. WWW; and J. McAuley, C. Targett, J. Shi, A. van den Hengel. 2015. "
     "Image-Based Recommendations on Styles and Substitutes. SIGIR"
 )
+
+_UCSD = "https://cseweb.ucsd.edu/~jmcauley/datasets.html"
 
 SOURCES = {
     "movielens_latest_small": Source(  # changes over time, so GroupLens gives no checksum
@@ -117,13 +121,22 @@ SOURCES = {
         limit=1000 * MB,
         unpacked_limit=1000 * MB,
     ),
+    "beeradvocate": Source(
+        url="https://mcauleylab.ucsd.edu/public_datasets/data/beer/beeradvocate.json.gz",
+        form="beeradvocate",
+        page=_UCSD,
+        terms=(
+            "No licence is stated; the publisher offers the data for research and asks to cite J. "
+            "McAuley, J. Leskovec, D. Jurafsky. 2012. Learning Attitudes and Attributes from "
+            "Multi-Aspect Reviews. ICDM"
+        ),
+        limit=2000 * MB,
+        unpacked_limit=10_000 * MB,
+    ),
 }
 """The logs by the name of their data set."""
 
-_UCSD = "https://cseweb.ucsd.edu/~jmcauley/datasets.html"
-
 BY_HAND = {
-    "beeradvocate": f"it is described at {_UCSD}, as records in Python's notation",
     "behance": f"it lies in a shared folder that {_UCSD} links to",
     "yelp": "its terms must be agreed to in a form, at https://www.yelp.com/dataset",
 }

@@ -12,6 +12,7 @@ import polars as pl
 
 from sce_pipeline.downloads.archives import check_gzip, extract
 from sce_pipeline.downloads.errors import DownloadError
+from sce_pipeline.downloads.records import scan_records
 from sce_pipeline.downloads.sources import Form, Source
 
 Tables = dict[str, pl.LazyFrame]
@@ -79,12 +80,19 @@ def _read_amazon_csv(source: Source, file: Path) -> Tables:
     return {"interactions": _scan_text(file, ",", columns).select("userid", "itemid", "timestamp")}
 
 
+def _read_beeradvocate(source: Source, file: Path) -> Tables:
+    check_gzip(file, source.unpacked_limit)
+    names = {"review/profileName": "userid", "beer/beerId": "itemid", "review/time": "timestamp"}
+    return {"interactions": scan_records(file, names)}
+
+
 _READERS: dict[Form, Callable[[Source, Path], Tables]] = {
     "movielens_csv": _read_movielens_csv,
     "movielens_1m": _read_movielens_1m,
     "gowalla": _read_gowalla,
     "amazon_json": _read_amazon_json,
     "amazon_csv": _read_amazon_csv,
+    "beeradvocate": _read_beeradvocate,
 }
 
 
