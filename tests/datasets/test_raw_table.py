@@ -128,6 +128,7 @@ def test_two_files_are_one_too_many(raw):
         ({"csv": b"user;item;time\n1;x;5\n"}, "must be separated by commas"),
         ({"csv": b"user,item,user\n1,x,5\n"}, "has the column 'user' more than once"),
         ({"csv": b"\x89PNG\r\n\x1a\n" + bytes(100)}, "is not comma-separated text"),
+        ({"csv": b'\n\nuser,it"em\n1,2\n3,"4"\n'}, "line 3, column 'it\"em"),
         ({"csv": b"row,user\n5,1\n"}, "rename its column 'row'"),
         ({"csv_gz": b"\x1f\x8b" + bytes(range(256))}, "Cannot read"),
         ({"parquet": CSV}, "Cannot read"),

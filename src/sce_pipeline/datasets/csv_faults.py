@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -36,7 +36,8 @@ def find_fault(file: Path) -> str | None:
 def find_header_fault(file: Path) -> str | None:
     """Do the same for the header alone: a quote amid it would hide the rows below it."""
     with open_log(file) as stream:
-        return _first_fault(islice(_records(stream), 1))
+        records = dropwhile(lambda record: not record[1].strip(b"\r\n"), _records(stream))
+        return _first_fault(islice(records, 1))
 
 
 @contextmanager

@@ -29,6 +29,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 
+_ZSTD = b"\x28\xb5\x2f\xfd"  # which Polars would unpack, without bounds
+
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
 _REPEATED = re.compile(r"_duplicated_\d+$")  # what Polars appends to a repeated name
 
@@ -211,7 +213,10 @@ def _refuse_bombs(file: Path) -> None:
     case; all are where the file says that it grows more than a log can.
     """
     with file.open("rb") as stream:
-        if stream.read(2) != b"\x1f\x8b":
+        start = stream.read(4)
+        if start == _ZSTD:
+            raise DatasetError(f"{file} is compressed with zstd, expected text or gzip")
+        if not start.startswith(b"\x1f\x8b"):
             return
         stream.seek(max(file.stat().st_size - 4, 0))
         size = int.from_bytes(stream.read(4), "little")
