@@ -202,6 +202,13 @@ def test_a_bad_value_fails_before_any_node(project):
         ({"datset": "walk"}, "datset\n  Extra inputs are not permitted"),
         ({"batch_size": 1}, "batch_size\n  Extra inputs are not permitted"),
         ({"dataset": "../walk"}, "dataset\n  String should match pattern"),
+        ({"dataset": "../../etc"}, "dataset\n  String should match pattern"),
+        ({"dataset": "/etc"}, "dataset\n  String should match pattern"),
+        ({"dataset": "a\\b"}, "dataset\n  String should match pattern"),
+        ({"dataset": ".."}, "dataset\n  String should match pattern"),
+        ({"dataset": "walk\n"}, "dataset\n  String should match pattern"),
+        ({"dataset": ""}, "dataset\n  String should match pattern"),
+        ({"trial": "../../walk"}, "trial\n  String should match pattern"),
         ({"dataset": 7}, "dataset\n  Input should be a valid string"),
         ({"seed": 2**32}, "seed\n  Input should be less than 4294967296"),
         (

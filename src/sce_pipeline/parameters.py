@@ -691,7 +691,7 @@ class RunParameters(Parameters):
     sweep: str | None
     sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Sweep]
     sweep_options: SweepOptions
-    trial: str | None
+    trial: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None
     mlflow: MLflowParameters
 
     @field_validator("sweeps")

@@ -9,6 +9,7 @@ ON_REQUEST = frozenset(
     {
         "baselines",
         "comparison",
+        "download",
         "export",
         "profiling",
         "recommendation",

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import gzip
+import os
+import time
 import zipfile
 
 import polars as pl
 import pytest
 from kedro.io import DatasetError
 
+from sce_pipeline.datasets import raw_table
 from sce_pipeline.datasets.raw_table import RawTableDataset
 
 CSV = b"user,item,time\n1,x,5\n01,,2014\n"
@@ -125,6 +128,7 @@ def test_two_files_are_one_too_many(raw):
         ({"csv": b"user;item;time\n1;x;5\n"}, "must be separated by commas"),
         ({"csv": b"user,item,user\n1,x,5\n"}, "has the column 'user' more than once"),
         ({"csv": b"\x89PNG\r\n\x1a\n" + bytes(100)}, "is not comma-separated text"),
+        ({"csv": b'\n\nuser,it"em\n1,2\n3,"4"\n'}, "line 3, column 'it\"em"),
         ({"csv": b"row,user\n5,1\n"}, "rename its column 'row'"),
         ({"csv_gz": b"\x1f\x8b" + bytes(range(256))}, "Cannot read"),
         ({"parquet": CSV}, "Cannot read"),
@@ -171,3 +175,70 @@ def test_raw_data_is_never_written(raw):
     with pytest.raises(DatasetError, match="only read"):
         table.save(pl.DataFrame({"user": [1]}))
     assert table.load().collect().height == 2
+
+
+def test_a_link_is_followed_wherever_it_leads(raw, tmp_path):
+    (tmp_path / "elsewhere.csv").write_bytes(CSV)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/interactions.csv").symlink_to(tmp_path / "elsewhere.csv")
+    assert raw("toy").load().collect().height == 2
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_what_is_no_file_is_not_taken_for_absent(raw, tmp_path, optional):
+    places = {name: tmp_path / name / "interactions.csv" for name in ("folder", "link", "loop")}
+    for place in places.values():
+        place.parent.mkdir()
+    places["folder"].mkdir()
+    places["link"].symlink_to("../gone.csv")
+    places["loop"].symlink_to("interactions.csv")
+    for name, found in {
+        "folder": "a folder",
+        "link": r"a link to \.\./gone\.csv, where there is no file",
+        "loop": r"a link to interactions\.csv, where there is no file",
+    }.items():
+        message = rf"{places[name]} is {found}; expected a file"
+        with pytest.raises(DatasetError, match=message):
+            raw(name, optional=optional).load()
+
+
+def test_a_pipe_is_no_file(raw, tmp_path):
+    (tmp_path / "toy").mkdir()
+    os.mkfifo(tmp_path / "toy/interactions.csv")
+    with pytest.raises(DatasetError, match="is neither a file nor a link to one"):
+        raw("toy").load()
+
+
+def test_the_line_at_fault_is_found_far_down_and_behind_lines_of_one_row(raw):
+    start = b'\n\nuser,item,"a ""note"""\n' + b'1,2,"over\ntwo lines"\n' * 50_000
+    table = raw("toy", csv=start + b"1,2,x,too,many\n" + b"1,2,x\n" * 1000)
+    message = (
+        r"line 100004, after column '\"a \"\"note\"\"\"': expected 3 values, found 5, the first "
+        r"too many being 'too'"
+    )
+    with pytest.raises(DatasetError, match=message):
+        table.load().select(pl.col("user").n_unique()).collect()
+
+
+def test_a_quote_that_is_never_closed_is_found_at_once_in_a_long_file(raw):
+    table = raw("toy", csv=b"user,item\n1,2\n" + b'"open,2\n' + b"1,2\n" * 5_000_000)
+    message = r"line 3 begins a record of 16,777,216 bytes or more, '\"open,2\\n1,2.*'…: is a quote"
+    started = time.perf_counter()
+    with pytest.raises(DatasetError, match=message):
+        table.load().select(pl.col("user").n_unique()).collect()
+    assert time.perf_counter() - started < 10
+
+
+def test_a_bomb_of_rows_is_read_in_parts_and_one_of_a_single_line_is_refused(raw, monkeypatch):
+    monkeypatch.setattr(raw_table, "LONGEST_RECORD", 2**16)
+    rows = b"user,item\n" + b"1,2\n" * 200_000
+    assert (
+        raw("rows", csv_gz=gzip.compress(rows)).load().select(pl.len()).collect().item() == 200_000
+    )
+    for name, content in {
+        "header": b"u" * 2**17 + b",item\n1,2\n",
+        "row": b"user,item\n1,2\n" + b"1" * 2**20 + b",2\n",
+    }.items():
+        table = raw(name, csv_gz=gzip.compress(content))
+        with pytest.raises(DatasetError, match="unpacks to a line of 65,536 bytes or more"):
+            table.load()

@@ -18,12 +18,17 @@ NOON = datetime(2014, 7, 18, 12, 30, 5)
 NOON_SECONDS = 1405686605
 
 
-def clean(**columns):
+def clean_all(**columns):
     length = max(len(values) for values in columns.values() if not isinstance(values, str))
     defaults = {"who": ["u"] * length, "what": ["i"] * length, "when": [NOON_SECONDS] * length}
     frame = pl.LazyFrame(defaults | columns | {"row": range(length)})
-    cleaned, report = clean_interactions(nw.from_native(frame), COLUMNS)
-    return cleaned.to_native().collect(), report
+    cleaned, rejected, report = clean_interactions(nw.from_native(frame), COLUMNS)
+    return cleaned.to_native().collect(), rejected.to_native().collect(), report
+
+
+def clean(**columns):
+    cleaned, _, report = clean_all(**columns)
+    return cleaned, report
 
 
 def read_times(values):
@@ -49,6 +54,7 @@ def test_the_columns_and_types_are_those_of_the_contract():
         "raw": {"rows": 2, "users": 2, "items": 2},
         "kept": {"rows": 2, "users": 2, "items": 2},
         "dropped": {},
+        "doubtful": {},
         "timestamp_unit": "seconds",
         "first_timestamp": "1970-01-01T00:00:01",
         "last_timestamp": "1970-01-01T00:00:02",
@@ -204,6 +210,87 @@ def test_rows_are_dropped_for_the_first_reason_and_counted():
 def test_nan_is_a_missing_id():
     _, report = clean(who=pl.Series([1.0, float("nan"), None]))
     assert report["dropped"] == {"missing user": {"rows": 2, "first_data_row": 2}}
+
+
+@pytest.mark.parametrize(
+    ("unit", "in_unit", "in_another"),
+    [
+        (1, [0, 1, -1, 10**11 - 1, -(10**10)], [10**11, -(10**11), 10**14, 2 * 10**20]),
+        (10**3, [0, 10**8 - 1, 10**11, 10**14 - 1], [10**8, -(10**8), 10**11 - 1, 10**14, 10**17]),
+        (10**6, [0, 10**8 - 1, 10**14, 10**17 - 100], [10**8, 10**14 - 1, 10**17, 10**20]),
+        (10**9, [0, 10**8 - 1, 10**17, 10**20], [10**8, 10**14, 10**17 - 100, -(10**14)]),
+    ],
+)
+def test_a_number_that_tells_another_unit_is_none_of_the_columns(unit, in_unit, in_another):
+    numbers = [NOON_SECONDS * unit] * 10 + in_unit + in_another
+    _, rejected, report = clean_all(when=[str(number) for number in numbers])
+    assert rejected["timestamp"].to_list() == [str(number) for number in in_another]
+    assert set(rejected["reason"]) == {"other-unit timestamp"}
+    assert report["dropped"]["other-unit timestamp"] == {
+        "rows": len(in_another),
+        "first_data_row": 11 + len(in_unit),
+        "example": str(in_another[0]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"who": ["a", "b\n"]}, ("b\n", "i", str(NOON_SECONDS), "unreadable user")),
+        ({"what": ["a", "\x00"]}, ("u", "\x00", str(NOON_SECONDS), "unreadable item")),
+        ({"what": ["a", "b\x85"]}, ("u", "b\x85", str(NOON_SECONDS), "unreadable item")),
+        ({"what": ["a", "\u2003 "]}, ("u", "\u2003 ", str(NOON_SECONDS), "missing item")),
+        ({"who": [1.0, float("-inf")]}, ("-inf", "i", str(NOON_SECONDS), "unreadable user")),
+        ({"who": [1.0, None]}, (None, "i", str(NOON_SECONDS), "missing user")),
+        (
+            {"who": pl.Series([1.0, 2.0**24 + 2], dtype=pl.Float32)},
+            ("16777218.0", "i", str(NOON_SECONDS), "unreadable user"),
+        ),
+        (
+            {"who": ["a", None], "when": [NOON, NOON]},
+            (None, "i", "2014-07-18 12:30:05.000000", "missing user"),
+        ),
+        (
+            {"when": pl.Series([0, 2**61]).cast(pl.Datetime("ms"))},
+            ("u", "i", "a date outside the years 1 to 9999", "unparseable timestamp"),
+        ),
+        ({"when": [" 5 ", " soon "]}, ("u", "i", " soon ", "unparseable timestamp")),
+    ],
+)
+def test_a_row_is_set_aside_with_what_it_holds(columns, found):
+    cleaned, rejected, report = clean_all(**columns)
+    assert cleaned["row"].to_list() == [0]
+    assert rejected.rows() == [(2, *found)]
+    assert list(report["dropped"]) == [found[-1]]
+
+
+def test_what_is_set_aside_is_shown_in_part_and_kept_whole():
+    long = "x\n" * 1_000_000
+    _, rejected, report = clean_all(who=["a", long])
+    assert rejected["user"].item() == long
+    assert report["dropped"]["unreadable user"]["example"] == long[:200]
+
+
+def test_doubtful_values_are_kept_and_counted():
+    cleaned, report = clean(
+        who=["a", " a", "nan", "b", "b", "NAN"],
+        what=["x", "x\u00a0", "NULL", "y", "nano", "None"],
+        when=["1", "2", "3", "0", "0.0", "2014-07-18"],
+    )
+    assert len(cleaned) == 6
+    assert report["doubtful"] == {
+        "space around an id": 1,
+        "id that says it is missing": 2,
+        "timestamp of exactly 0": 2,
+    }
+
+
+def test_line_breaks_in_other_columns_are_doubtful_in_text_alone():
+    _, text = clean(when=["1", "2", "3"], note=["a\nb", None, "c"])
+    _, typed = clean(when=[1, 2, 3], note=["a\nb", None, "c"])
+    assert list(text["doubtful"].values()) == [1]
+    assert "line break in another column" in next(iter(text["doubtful"]))
+    assert typed["doubtful"] == {}
 
 
 @settings(max_examples=25)

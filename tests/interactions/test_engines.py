@@ -52,9 +52,13 @@ def as_duckdb(frame):
     return pytest.importorskip("duckdb").from_arrow(frame.to_arrow())
 
 
+def as_none(row):
+    return tuple(value if isinstance(value, (int, str)) else None for value in row)
+
+
 def process(log, items, split, iterate):
     """Run all steps; return the arrays, the reports and the tables."""
-    interactions, cleaning = clean_interactions(
+    interactions, rejected, cleaning = clean_interactions(
         nw.from_native(log).lazy(), Columns(user="who", item="what", timestamp="when")
     )
     filters = Filters(min_users_per_item=5, min_items_per_user=5, iterate=iterate)
@@ -67,6 +71,7 @@ def process(log, items, split, iterate):
     # A missing title is None in one engine and NaN in another.
     titles = [title if isinstance(title, str) else None for title in catalogue.collect()["title"]]
     tables = [catalogue.select("item", "itemid").collect().rows(), titles, users.collect().rows()]
+    tables.append([as_none(row) for row in rejected.sort("data_row").collect().rows()])
     return arrays, [cleaning, filtering, splitting, encoding, sequences], tables
 
 

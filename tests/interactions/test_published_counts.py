@@ -34,7 +34,7 @@ def process(file, filters, split):
     log = nw.from_native(pl.scan_csv(file, infer_schema=False).with_row_index("row"))
     names = ("userId", "movieId") if file == MOVIELENS else ("userid", "itemid")
     columns = Columns(user=names[0], item=names[1], timestamp="timestamp")
-    cleaned, report = clean_interactions(log, columns)
+    cleaned, _, report = clean_interactions(log, columns)
     assert report["dropped"] == {}
     assert report["timestamp_unit"] == "seconds"
     filtered, filter_report = filter_interactions(cleaned, filters)

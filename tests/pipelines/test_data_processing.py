@@ -13,6 +13,7 @@ from kedro_datasets.json import JSONDataset
 from kedro_datasets.polars import EagerPolarsDataset, LazyPolarsDataset
 
 from sce_pipeline.datasets.raw_table import RawTableDataset
+from sce_pipeline.datasets.streamed_table import StreamedTableDataset
 from sce_pipeline.parameters import DataProcessingParameters
 from sce_pipeline.pipelines.data_processing import create_pipeline
 
@@ -26,6 +27,7 @@ PARAMETERS = {
 }
 
 OUTPUTS = {
+    "rejected_interactions",
     "encoded_interactions",
     "items",
     "users",
@@ -67,6 +69,11 @@ def make_catalog(folder, parameters=PARAMETERS):
         }
         | {name: JSONDataset(filepath=folder / f"{name}.json") for name in reports}
         | {name: MemoryDataset() for name in OUTPUTS - {"encoded_interactions", "items"}}
+        | {
+            "rejected_interactions": StreamedTableDataset(
+                filepath=str(folder / "rejected_interactions.parquet")
+            )
+        }
     )
 
 
@@ -142,6 +149,39 @@ def test_a_log_goes_from_file_to_sequences(tmp_path, caplog):
         "40.0% of consecutive events share a timestamp",
     ]
     assert not any("[" in message for message in messages)
+
+
+def test_rows_that_cannot_be_used_are_set_aside_until_the_log_has_none(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(LOG)
+    rejected = run(tmp_path).load("rejected_interactions").collect()
+    assert rejected.columns == ["data_row", "user", "item", "timestamp", "reason"]
+    assert rejected.rows() == [
+        (5, None, "a", "2014-07-22", "missing user"),
+        (9, "30", "c", "tomorrow", "unparseable timestamp"),
+    ]
+    (tmp_path / "raw/interactions.csv").write_bytes(
+        LOG.replace(b"\n,a", b"\n8,a").replace(b"tomorrow", b"2014-07-23")
+    )
+    repaired = run(tmp_path).load("rejected_interactions").collect()
+    assert repaired.schema == rejected.schema
+    assert repaired.is_empty()
+
+
+def test_a_future_and_doubtful_values_are_warned_of(tmp_path, caplog):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(
+        LOG + b"nan,a,2014-07-18\n 7,a,2014-07-18\n7,a,0\n7,a,2999-01-01\n"
+    )
+    with caplog.at_level(logging.WARNING, logger="sce_pipeline"):
+        run(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Timestamps reach into the future, to 2999-01-01T00:00:00: is timestamp really in seconds "
+        "since 1970?",
+        "Kept 1 rows with a doubtful value: space around an id",
+        "Kept 1 rows with a doubtful value: id that says it is missing",
+        "Kept 1 rows with a doubtful value: timestamp of exactly 0",
+    ]
 
 
 def test_a_log_without_titles_is_processed_too(tmp_path):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import polars as pl
-from kedro.io import AbstractDataset, DatasetError
+from kedro.io import DatasetError
+
+from sce_pipeline.datasets.streamed_table import StreamedTableDataset
 
 
-class NewTableDataset(AbstractDataset["pl.LazyFrame", None]):
+class NewTableDataset(StreamedTableDataset):
     """Writes a lazy frame to a Parquet file, part after part, and never over a table.
 
     A table of the same name in any format is in the way: a log that somebody brought is not to be
@@ -22,16 +23,6 @@ class NewTableDataset(AbstractDataset["pl.LazyFrame", None]):
               type: sce_pipeline.datasets.new_table.NewTableDataset
               filepath: data/01_raw/my_log/interactions.parquet
     """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        """Point to a file.
-
-        Args:
-            filepath: Local path of the file to write.
-            metadata: For plugins; not used here.
-        """
-        self._filepath = Path(filepath)
-        self.metadata = metadata
 
     def load(self) -> NoReturn:
         """Refuse: the table is read as any raw table is.
@@ -53,16 +44,4 @@ class NewTableDataset(AbstractDataset["pl.LazyFrame", None]):
                 f"{folder} already has {', '.join(existing)}, which is not written over: choose "
                 "another data set or remove it"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"unfinished_{self._filepath.name}"
-        try:
-            data.sink_parquet(unfinished)
-            unfinished.rename(self._filepath)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    def _exists(self) -> bool:
-        return self._filepath.is_file()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._filepath.as_posix()}
+        super().save(data)

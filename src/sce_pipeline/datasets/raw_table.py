@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +13,23 @@ from typing import Any, NoReturn
 
 import polars as pl
 from kedro.io import AbstractDataset, DatasetError
-from polars.exceptions import PolarsError
+from polars.exceptions import PanicException, PolarsError
 from polars.io.plugins import register_io_source
 
+from sce_pipeline.datasets.csv_faults import LONGEST_RECORD, find_fault, find_header_fault, open_log
 from sce_pipeline.interactions.columns import ROW
+
+_LARGEST_GROWTH = 100
+"""Times its size that a gzipped log unpacks to at most; logs have 3 to 20, bombs up to 1032."""
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # which begins like UTF-16
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+_ZSTD = b"\x28\xb5\x2f\xfd"  # which Polars would unpack, without bounds
 
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
 _REPEATED = re.compile(r"_duplicated_\d+$")  # what Polars appends to a repeated name
@@ -54,6 +70,8 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
 
         Raises:
             DatasetError: There is no file or more than one, or it holds no table or no row.
+                What is a folder or a link to nowhere is no file either, and no reason to go on
+                without an optional table.
         """
         files = self._find_files()
         if len(files) > 1:
@@ -62,6 +80,7 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
                 f"{self._filepath.parent}: remove all but one"
             )
         if files:
+            _require_file(files[0])
             return _scan(files[0])
         if self._optional:
             return None
@@ -85,7 +104,7 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
         candidates = [
             self._filepath.with_name(self._filepath.name + suffix) for suffix in _SUFFIXES
         ]
-        return [file for file in candidates if file.is_file()]
+        return [file for file in candidates if os.path.lexists(file)]
 
     def _describe_absence(self) -> str:
         folder, stem = self._filepath.parent, self._filepath.name
@@ -108,6 +127,18 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
         )
 
 
+def _require_file(file: Path) -> None:
+    if file.is_file():
+        return
+    if file.is_dir():
+        found = "a folder"
+    elif file.is_symlink():
+        found = f"a link to {file.readlink()}, where there is no file"
+    else:
+        found = "neither a file nor a link to one"
+    raise DatasetError(f"{file} is {found}; expected a file")
+
+
 def _scan(file: Path) -> pl.LazyFrame:
     """Begin to read a file, lazily; an error names it whenever it comes up."""
     with _naming(file):
@@ -120,35 +151,90 @@ def _scan(file: Path) -> pl.LazyFrame:
         if table.head(1).collect().is_empty():
             raise DatasetError(f"{file} has columns but no rows: {columns}")
 
+    # Polars sees values too many in a row of text, which shift the others, where it reads all
+    # columns: the first reading does.
+    is_whole = file.suffix == ".parquet"
+
     def read(
         columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, size: int | None
     ) -> Iterator[pl.DataFrame]:
         part = table if n_rows is None else table.head(n_rows)
         part = part if predicate is None else part.filter(predicate)
-        part = part if columns is None else part.select(columns)
+        names = list(schema) if columns is None else columns
+        nonlocal is_whole
+        part = part.select(names) if is_whole else part
         with _naming(file):
-            yield from part.collect_batches(chunk_size=size)
+            for batch in part.collect_batches(chunk_size=size):
+                yield batch.select(names)
+        is_whole = is_whole or n_rows is None
 
     return register_io_source(read, schema=schema, is_pure=True)
 
 
 def _scan_csv(file: Path) -> pl.LazyFrame:
+    _refuse_bombs(file)
     table = pl.scan_csv(file, infer_schema=False, glob=False)
     names = table.collect_schema().names()
     header = ", ".join(names)
+    if encoding := _foreign_encoding(file):
+        raise DatasetError(
+            f"{file} is text in {encoding}, expected UTF-8: convert it with "
+            f"iconv -f {encoding} -t utf-8"
+        )
     if not header.isprintable() or "\N{REPLACEMENT CHARACTER}" in header:
         raise DatasetError(f"{file} is not comma-separated text; it begins with {header[:60]!r}")
     if len(names) == 1 and any(separator in header for separator in ";\t|"):
         raise DatasetError(f"{file} must be separated by commas; its header is {header[:60]!r}")
+    if fault := find_header_fault(file):
+        raise DatasetError(f"Cannot read {file}: {fault}")
     if repeated := [name for name in names if _REPEATED.search(name)]:
         name = _REPEATED.sub("", repeated[0])
         raise DatasetError(f"{file} has the column {name!r} more than once: rename or remove one")
     return table
 
 
+def _foreign_encoding(file: Path) -> str | None:
+    """Tell UTF-16 and UTF-32 by the mark at the beginning, or by every other byte being NUL."""
+    with open_log(file) as stream:
+        start = stream.read(64)
+    for mark, encoding in _MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    evens, odds = start[::2], start[1::2]
+    if odds and not any(odds) and all(evens):
+        return "UTF-16LE"
+    return "UTF-16BE" if evens and not any(evens) and all(odds) else None
+
+
+def _refuse_bombs(file: Path) -> None:
+    """Refuse a gzipped file with records that fill the memory; rows without end are no trouble.
+
+    The file is read in parts, but a record has to be held as a whole. The first is looked at in any
+    case; all are where the file says that it grows more than a log can.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(4)
+        if start == _ZSTD:
+            raise DatasetError(f"{file} is compressed with zstd, expected text or gzip")
+        if not start.startswith(b"\x1f\x8b"):
+            return
+        stream.seek(max(file.stat().st_size - 4, 0))
+        size = int.from_bytes(stream.read(4), "little")
+    with open_log(file) as stream:
+        line = stream.readline(LONGEST_RECORD)
+        while size > _LARGEST_GROWTH * file.stat().st_size and line.endswith(b"\n"):
+            line = stream.readline(LONGEST_RECORD)
+    if len(line) >= LONGEST_RECORD:
+        raise DatasetError(
+            f"{file} unpacks to a line of {LONGEST_RECORD:,} bytes or more, which no log has"
+        )
+
+
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
     try:
         yield
-    except (PolarsError, OSError) as error:
-        raise DatasetError(f"Cannot read {file}: {error}") from error
+    except (PolarsError, PanicException, OSError, EOFError, zlib.error) as error:
+        fault = None if file.suffix == ".parquet" else find_fault(file)
+        reason = str(error).strip().partition("\n\n")[0]  # what follows is advice about Polars
+        raise DatasetError(f"Cannot read {file}: {fault or reason}") from error

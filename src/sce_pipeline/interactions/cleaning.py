@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.columns import ROW, identifiers, require_columns
+from sce_pipeline.interactions.columns import ROW, as_found, identifiers, require_columns
 from sce_pipeline.interactions.errors import InteractionsError
+from sce_pipeline.interactions.rejections import KEPT, describe, explain, fate, set_aside
 from sce_pipeline.interactions.reports import Report, collect_rows, counts
 from sce_pipeline.interactions.timestamps import (
     EPOCH,
@@ -20,13 +22,24 @@ from sce_pipeline.interactions.timestamps import (
 )
 from sce_pipeline.parameters import Columns
 
-_KEPT = "kept"
-_UNPARSEABLE = "unparseable timestamp"
+_NAMES_OF_NOTHING = (
+    "nan",
+    "NaN",
+    "null",
+    "NULL",
+    "Null",
+    "none",
+    "None",
+    "NONE",
+    "NA",
+    "N/A",
+    "n/a",
+)
 
 
 def clean_interactions(
     log: nw.LazyFrame[Any], columns: Columns, table: str = "The log"
-) -> tuple[nw.LazyFrame[Any], Report]:
+) -> tuple[nw.LazyFrame[Any], nw.LazyFrame[Any], Report]:
     """Bring a raw log to the form that all later steps know.
 
     Args:
@@ -36,7 +49,8 @@ def clean_interactions(
 
     Returns:
         The rows that can be used, with the columns user (String), item (String), timestamp
-        (Datetime in microseconds, UTC) and row (Int64); and the report.
+        (Datetime in microseconds, UTC) and row (Int64); the others, with what they hold and the
+        reason (:func:`~sce_pipeline.interactions.rejections.set_aside`); and the report.
 
     Raises:
         InteractionsError: A column is missing or of a type without meaning, or no row can be used.
@@ -46,32 +60,38 @@ def clean_interactions(
     read = log.select(
         user=identifiers(log, columns.user, table),
         item=identifiers(log, columns.item, table),
+        raw_user=as_found(log, columns.user),
+        raw_item=as_found(log, columns.item),
         row=nw.col(ROW).cast(nw.Int64),
+        spans_lines=_spans_lines(log, set(roles.values())),
         **read_timestamps(log, columns.timestamp),
     )
     raw, unit = _survey(read)
-    labelled = read.with_columns(**to_microseconds(unit)).with_columns(fate=_fate())
+    if raw["rows"] == 0:
+        raise InteractionsError(f"{table} has no rows")
+    labelled = read.with_columns(**to_microseconds(unit)).with_columns(fate=fate())
     fates = _tally(labelled)
-    dropped = _describe_dropped(labelled, fates)
-    if _KEPT not in fates:
-        raise InteractionsError(_nothing_left(table, raw["rows"], dropped, columns))
+    dropped = describe(labelled, fates)
+    if KEPT not in fates:
+        raise InteractionsError(explain(table, raw["rows"], dropped, columns))
 
-    interactions = labelled.filter(nw.col("fate") == _KEPT).select(
+    interactions = labelled.filter(nw.col("fate") == KEPT).select(
         "user",
         "item",
         timestamp=to_datetime(nw.col("microseconds")),
         row=nw.col("row"),
     )
-    kept = fates[_KEPT]
+    kept = fates[KEPT]
     report = {
         "raw": raw,
         "kept": counts(kept),
         "dropped": dropped,
+        "doubtful": {doubt: int(kept[doubt]) for doubt in _doubts() if kept[doubt]},
         "timestamp_unit": unit.name,
         "first_timestamp": (EPOCH + int(kept["first"]) * MICROSECOND).isoformat(),
         "last_timestamp": (EPOCH + int(kept["last"]) * MICROSECOND).isoformat(),
     }
-    return interactions, report
+    return interactions, set_aside(labelled, dropped), report
 
 
 def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
@@ -94,61 +114,50 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
     return raw, unit_of(survey["magnitude"])
 
 
-def _fate() -> nw.Expr:
-    """Say of each row whether it is kept, or else the first reason against it."""
-    return (
-        nw.when(nw.col("user").is_null())
-        .then(nw.lit("missing user"))
-        .when(nw.col("item").is_null())
-        .then(nw.lit("missing item"))
-        .when(nw.col("is_missing"))
-        .then(nw.lit("missing timestamp"))
-        .when(~nw.col("is_valid"))
-        .then(nw.lit(_UNPARSEABLE))
-        .otherwise(nw.lit(_KEPT))
-    )
-
-
 def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, dict[str, Any]]:
     """Count the rows of each fate, in one pass over the log."""
-    tallies = labelled.group_by("fate").agg(
-        rows=nw.len(),
-        users=nw.col("user").n_unique(),
-        items=nw.col("item").n_unique(),
-        first_row=nw.col("row").min(),
-        first=nw.col("microseconds").min(),
-        last=nw.col("microseconds").max(),
+    tallies = (
+        labelled.with_columns(**_doubts())
+        .group_by("fate")
+        .agg(
+            rows=nw.len(),
+            users=nw.col("user").n_unique(),
+            items=nw.col("item").n_unique(),
+            first_row=nw.col("row").min(),
+            first=nw.col("microseconds").min(),
+            last=nw.col("microseconds").max(),
+            **{doubt: nw.col(doubt).sum() for doubt in _doubts()},
+        )
     )
     return {tally["fate"]: tally for tally in collect_rows(tallies.sort("fate"))}
 
 
-def _describe_dropped(
-    labelled: nw.LazyFrame[Any], fates: dict[str, dict[str, Any]]
-) -> dict[str, Report]:
-    """Say how many rows were dropped for each reason and where the first of them is."""
-    dropped: dict[str, Report] = {
-        fate: {"rows": int(tally["rows"]), "first_data_row": int(tally["first_row"]) + 1}
-        for fate, tally in fates.items()
-        if fate != _KEPT
+def _doubts() -> dict[str, nw.Expr]:
+    """Say what may be wrong with rows that are kept, because it may as well be right."""
+
+    def either(is_doubtful: Callable[[nw.Expr], nw.Expr]) -> nw.Expr:
+        in_user, in_item = (is_doubtful(nw.col(role)).fill_null(False) for role in ("user", "item"))
+        return in_user | in_item
+
+    return {
+        "space around an id": either(lambda text: text != text.str.strip_chars()),
+        "id that says it is missing": either(lambda text: text.is_in(_NAMES_OF_NOTHING)),
+        "timestamp of exactly 0": nw.col("number").fill_null(1.0) == 0,
+        "line break in another column, where a misplaced quote may hide rows": nw.col(
+            "spans_lines"
+        ),
     }
-    if _UNPARSEABLE in dropped:
-        is_first = nw.col("row") == fates[_UNPARSEABLE]["first_row"]
-        (first,) = collect_rows(labelled.filter(is_first).select("raw"))
-        dropped[_UNPARSEABLE]["example"] = first["raw"]
-    return dropped
 
 
-def _nothing_left(table: str, n_rows: int, dropped: dict[str, Report], columns: Columns) -> str:
-    if n_rows == 0:
-        return f"{table} has no rows"
-    reasons = []
-    for reason, tally in dropped.items():
-        role = reason.split()[-1]  # a reason ends with the role of its column
-        where = f"column {getattr(columns, role)!r}, first in data row {tally['first_data_row']}"
-        value = f": {tally['example']!r}" if "example" in tally else ""
-        reasons.append(f"{tally['rows']:,} with {reason} ({where}{value})")
-    return (
-        f"None of the {n_rows:,} rows of {table[0].lower()}{table[1:]} can be used: "
-        f"{'; '.join(reasons)}. Timestamps are numbers since 1970 or ISO 8601 dates between the "
-        f"years 1 and 9999"
-    )
+def _spans_lines(log: nw.LazyFrame[Any], used: set[str]) -> nw.Expr:
+    """Say whether a row has a line break in a column that is not used, if all comes from a text.
+
+    In the columns that are used line breaks make ids and timestamps unreadable.
+    """
+    schema = log.collect_schema()
+    columns = [name for name in schema if name != ROW]
+    others = [name for name in columns if name not in used]
+    if not others or any(schema[name] != nw.String for name in columns):
+        return nw.lit(False)
+    breaks = [nw.col(name).str.contains("\n", literal=True) for name in others]
+    return nw.any_horizontal(*breaks, ignore_nulls=True)

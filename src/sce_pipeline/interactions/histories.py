@@ -28,7 +28,8 @@ def read_histories(table: nw.LazyFrame[Any], columns: Columns) -> tuple[nw.LazyF
             timestamp, the order of the file is the order in time.
 
     Returns:
-        What ``clean_interactions`` returns; the report also says what the ``order`` is by.
+        The rows that can be used, as ``clean_interactions`` has them, and its report, which counts
+        the others and also says what the ``order`` is by.
 
     Raises:
         InteractionsError: A column is missing or of a type without meaning, or no row can be used.
@@ -36,7 +37,7 @@ def read_histories(table: nw.LazyFrame[Any], columns: Columns) -> tuple[nw.LazyF
     has_time = columns.timestamp in table.collect_schema().names()
     if not has_time:
         table = table.with_columns(nw.col(ROW).alias(columns.timestamp))
-    interactions, report = clean_interactions(table, columns, "The table of histories")
+    interactions, _, report = clean_interactions(table, columns, "The table of histories")
     return interactions, report | {"order": "timestamp" if has_time else "row"}
 
 

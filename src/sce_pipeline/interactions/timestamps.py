@@ -1,6 +1,7 @@
 """Moments in time as microseconds since 1970-01-01 UTC, out of whatever the log holds.
 
-Numbers count seconds, milliseconds, microseconds or nanoseconds, the same for the whole column.
+Numbers count seconds, milliseconds, microseconds or nanoseconds, the same for the whole column; a
+number that tells another unit than the column's is none of its timestamps.
 Text holds a number or an ISO 8601 date, with or without a time and a time zone, row by row.
 """
 
@@ -51,6 +52,12 @@ _UNITS = (
     Unit("seconds", 1e6, 0.0),
 )
 
+_LARGEST = _YEAR_9999 * 1e3
+"""The last moment in the smallest unit."""
+
+_TELLING = 1e8
+"""From here on a number tells its unit: seconds of 1973 are milliseconds of January 1970."""
+
 
 def unit_of(magnitude: float | None) -> Unit:
     """Tell the unit of numbers by their typical magnitude; a log without numbers has dates.
@@ -66,9 +73,9 @@ def read_timestamps(log: nw.LazyFrame[Any], name: str) -> dict[str, nw.Expr]:
     """Read a column of timestamps as far as that goes without knowing the unit of its numbers.
 
     Returns:
-        Expressions over the log. ``raw`` shows what a row holds, ``is_missing`` and ``is_date`` say
-        what it is, ``number`` is null where there is none, and ``date`` counts microseconds, 0
-        where there is no date.
+        Expressions over the log. ``raw`` is what a row holds, as text; ``is_missing`` and
+        ``is_date`` say what it is, ``number`` is null where there is none, and ``date`` counts
+        microseconds, 0 where there is no date.
 
     Raises:
         InteractionsError: The column holds neither text, nor numbers, nor dates.
@@ -79,7 +86,7 @@ def read_timestamps(log: nw.LazyFrame[Any], name: str) -> dict[str, nw.Expr]:
         text = column.cast(nw.String).fill_null("").str.strip_chars()
         is_date = text.str.contains(_ISO)
         return {
-            "raw": text,
+            "raw": column.cast(nw.String),
             "is_missing": text == "",
             "number": _finite(nw.when(text.str.contains(_NUMBER)).then(text).cast(nw.Float64)),
             "is_date": is_date,
@@ -100,7 +107,11 @@ def read_timestamps(log: nw.LazyFrame[Any], name: str) -> dict[str, nw.Expr]:
         is_date = column.dt.year().is_between(1, 9999).fill_null(False)
         moment = nw.when(is_date).then(column).cast(nw.Datetime("us"))
         return {
-            "raw": nw.lit("a date outside the years 1 to 9999"),
+            "raw": nw.when(~column.is_null()).then(
+                nw.when(is_date)
+                .then(moment.cast(nw.String))
+                .otherwise(nw.lit("a date outside the years 1 to 9999"))
+            ),
             "is_missing": column.is_null(),
             "number": nw.lit(None, nw.Float64),
             "is_date": is_date,
@@ -116,7 +127,8 @@ def to_microseconds(unit: Unit) -> dict[str, nw.Expr]:
 
     Returns:
         Expressions over its columns: ``is_valid``, whether a row holds a moment between the years 1
-        and 9999, and ``microseconds``, 0 where it does not.
+        and 9999; ``microseconds``, 0 where it does not; and ``is_other_unit``, whether a number
+        tells another unit and is a moment in that.
     """
     number = (nw.col("number") * unit.microseconds).round()
     date = nw.col("date")
@@ -126,7 +138,16 @@ def to_microseconds(unit: Unit) -> dict[str, nw.Expr]:
     return {
         "is_valid": is_number | is_date,
         "microseconds": nw.when(is_date).then(date).otherwise(whole),
+        "is_other_unit": _tells_other_unit(unit).fill_null(False),
     }
+
+
+def _tells_other_unit(unit: Unit) -> nw.Expr:
+    size = nw.col("number").abs()
+    larger = [other.at_least for other in _UNITS if other.at_least > unit.at_least]
+    is_smaller = (size >= _TELLING) & (size < unit.at_least)
+    is_larger = (size >= min(larger, default=math.inf)) & (size <= _LARGEST)
+    return is_smaller | is_larger
 
 
 def to_datetime(microseconds: nw.Expr) -> nw.Expr:

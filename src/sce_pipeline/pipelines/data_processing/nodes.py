@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime, timezone
 from typing import Any
 
 import narwhals.stable.v2 as nw
@@ -19,9 +20,11 @@ logger = logging.getLogger(__name__)
 
 def clean_interactions(
     raw_interactions: IntoFrame, parameters: DataProcessingParameters
-) -> tuple[IntoFrame, Report]:
-    """Bring the raw log to users, items, timestamps and rows; drop rows that cannot be used."""
-    interactions, report = cleaning.clean_interactions(_lazy(raw_interactions), parameters.columns)
+) -> tuple[IntoFrame, IntoFrame, Report]:
+    """Bring the raw log to users, items, timestamps and rows; set aside what cannot be used."""
+    interactions, rejected, report = cleaning.clean_interactions(
+        _lazy(raw_interactions), parameters.columns
+    )
     logger.info(
         "Kept %s of a raw log of %s%s; timestamps read as %s, from %s to %s",
         _size(report["kept"]),
@@ -37,7 +40,16 @@ def clean_interactions(
             parameters.columns.timestamp,
             report["timestamp_unit"],
         )
-    return interactions.to_native(), report
+    if report["last_timestamp"] > datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"):
+        logger.warning(
+            "Timestamps reach into the future, to %s: is %s really in %s since 1970?",
+            report["last_timestamp"],
+            parameters.columns.timestamp,
+            report["timestamp_unit"],
+        )
+    for doubt, rows in report["doubtful"].items():
+        logger.warning("Kept %s rows with a doubtful value: %s", f"{rows:,}", doubt)
+    return interactions.to_native(), rejected.to_native(), report
 
 
 def filter_interactions(

@@ -21,7 +21,7 @@ def create_pipeline() -> Pipeline:
             Node(
                 clean_interactions,
                 inputs=["raw_interactions", "params:data_processing"],
-                outputs=["interactions", "cleaning_report"],
+                outputs=["interactions", "rejected_interactions", "cleaning_report"],
                 name="clean_interactions",
             ),
             Node(

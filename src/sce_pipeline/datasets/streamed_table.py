@@ -1,0 +1,60 @@
+"""A Parquet file that is written part after part, and appears once it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from kedro.io import AbstractDataset, DatasetError
+
+
+class StreamedTableDataset(AbstractDataset["pl.LazyFrame", "pl.LazyFrame"]):
+    """Writes a lazy frame without ever holding all of it, and reads it lazily.
+
+    Kedro's LazyPolarsDataset computes the whole frame before it writes.
+
+    Example:
+        ::
+
+            rejected_interactions:
+              type: sce_pipeline.datasets.streamed_table.StreamedTableDataset
+              filepath: data/02_intermediate/my_log/rejected_interactions.parquet
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        """Point to a file.
+
+        Args:
+            filepath: Local path of the Parquet file.
+            metadata: For plugins; not used here.
+        """
+        self._filepath = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> pl.LazyFrame:
+        """Begin to read the table.
+
+        Raises:
+            DatasetError: There is no such file.
+        """
+        if not self._exists():
+            raise DatasetError(f"There is no {self._filepath}: run what writes it first")
+        return pl.scan_parquet(self._filepath, glob=False)
+
+    def save(self, data: pl.LazyFrame) -> None:
+        """Write the table, over an older one if need be."""
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._filepath.with_name(f"unfinished_{self._filepath.name}")
+        try:
+            with unfinished.open("wb") as stream:  # which is there, or not, when Polars fails
+                data.sink_parquet(stream)
+            unfinished.replace(self._filepath)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _exists(self) -> bool:
+        return self._filepath.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath.as_posix()}

@@ -1,0 +1,98 @@
+"""Which rows of a log cannot be used, why, and what they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import narwhals.stable.v2 as nw
+
+from sce_pipeline.interactions.columns import ROW
+from sce_pipeline.interactions.reports import Report, collect_rows
+from sce_pipeline.parameters import Columns
+
+KEPT = "kept"
+
+_MISSING = "missing"  # such rows have no value to show
+_SHOWN = 200  # characters of an example; an unclosed quote may have swallowed half of the file
+
+
+def fate() -> nw.Expr:
+    """Say of each row whether it is kept, or else the first reason against it.
+
+    A reason ends with the role of the column that it is about.
+    """
+    fate = nw.when(nw.col("user").is_null()).then(_why_unusable("user"))
+    fate = fate.when(nw.col("item").is_null()).then(_why_unusable("item"))
+    fate = fate.when(nw.col("is_missing")).then(nw.lit(f"{_MISSING} timestamp"))
+    fate = fate.when(nw.col("is_other_unit")).then(nw.lit("other-unit timestamp"))
+    fate = fate.when(~nw.col("is_valid")).then(nw.lit("unparseable timestamp"))
+    return fate.otherwise(nw.lit(KEPT))
+
+
+def describe(labelled: nw.LazyFrame[Any], fates: dict[str, dict[str, Any]]) -> dict[str, Report]:
+    """Say how many rows were dropped for each reason, where the first of them is and what it holds.
+
+    Args:
+        labelled: The log with the columns row, fate, raw_user, raw_item and raw.
+        fates: Number of ``rows`` and ``first_row`` of each fate.
+    """
+    dropped: dict[str, Report] = {
+        reason: {"rows": int(tally["rows"]), "first_data_row": int(tally["first_row"]) + 1}
+        for reason, tally in fates.items()
+        if reason != KEPT
+    }
+    shown = {reason for reason in dropped if not reason.startswith(_MISSING)}
+    if shown:
+        first_rows = [int(fates[reason]["first_row"]) for reason in shown]
+        firsts = labelled.filter(nw.col(ROW).is_in(first_rows)).select("fate", *_raw_values())
+        for first in collect_rows(firsts):
+            dropped[first["fate"]]["example"] = first[role_of(first["fate"])][:_SHOWN]
+    return dropped
+
+
+def set_aside(labelled: nw.LazyFrame[Any], dropped: dict[str, Report]) -> nw.LazyFrame[Any]:
+    """Pick the rows that are not kept.
+
+    Returns:
+        The columns data_row (Int64, counted from 1 below the header), user, item and timestamp as
+        the file has them (String), and reason (String), in the order of the file.
+    """
+    if not dropped:  # spare a log without such rows the pass
+        labelled = labelled.head(0)
+    rejected = labelled.filter(nw.col("fate") != KEPT)
+    return rejected.select(nw.col(ROW).alias("data_row") + 1, *_raw_values(), reason=nw.col("fate"))
+
+
+def explain(table: str, n_rows: int, dropped: dict[str, Report], columns: Columns) -> str:
+    """Say why no row of a table, so called, can be used."""
+    reasons = []
+    for reason, tally in dropped.items():
+        column = getattr(columns, role_of(reason))
+        where = f"column {column!r}, first in data row {tally['first_data_row']}"
+        value = f": {tally['example']!r}" if "example" in tally else ""
+        reasons.append(f"{tally['rows']:,} with {reason} ({where}{value})")
+    return (
+        f"None of the {n_rows:,} rows of {table[0].lower()}{table[1:]} can be used: "
+        f"{'; '.join(reasons)}. Timestamps are numbers since 1970 or ISO 8601 dates between the "
+        f"years 1 and 9999"
+    )
+
+
+def role_of(reason: str) -> str:
+    """Tell the column that a reason is about: user, item or timestamp."""
+    return reason.rsplit(maxsplit=1)[-1]
+
+
+def _why_unusable(role: str) -> nw.Expr:
+    found = nw.when(nw.col(role).is_null()).then(nw.col(f"raw_{role}"))  # few rows are looked at
+    is_missing = found.is_null() | (found.str.strip_chars() == "")
+    missing, unreadable = nw.lit(f"{_MISSING} {role}"), nw.lit(f"unreadable {role}")
+    return nw.when(is_missing).then(missing).otherwise(unreadable)
+
+
+def _raw_values() -> list[nw.Expr]:
+    return [
+        nw.col("raw_user").alias("user"),
+        nw.col("raw_item").alias("item"),
+        nw.col("raw").alias("timestamp"),
+    ]
