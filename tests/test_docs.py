@@ -29,7 +29,7 @@ def blocks(language):
     for page in PAGES:
         for found, code in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
             if found == language:
-                filled = re.sub(r"<(\w+)>", lambda match: NAMES[match[1]], code)
+                filled = re.sub(r"<(\w+)>", lambda match: NAMES.get(match[1], "1"), code)
                 yield pytest.param(filled, id=f"{page.stem}: {filled.splitlines()[0]}")
 
 
