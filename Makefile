@@ -29,7 +29,7 @@ format: $(INSTALLED)
 
 # make docs: set up, then the documentation as a site in site/; what links to nothing fails.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 viz: $(INSTALLED)
 	$(BIN)/kedro viz run
