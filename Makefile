@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # make test-gpu: set up, then on a CUDA device the tests of all that computes on one.
-.PHONY: run test test-gpu lint format viz clean
+.PHONY: run test test-gpu lint format docs viz clean
 
 run: $(INSTALLED)
 	$(BIN)/kedro run
@@ -28,12 +28,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# make docs: set up, then the documentation as a site in site/; what links to nothing fails.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 viz: $(INSTALLED)
 	$(BIN)/kedro viz run
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,viz]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,viz]'
 	touch $@
 
 clean:
