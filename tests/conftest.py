@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
 
@@ -17,6 +18,8 @@ from ranks import Ranks
 if not torch.cuda.is_available():  # then Triton's kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # tests run side by side, a process on each core
+settings.register_profile("untimed", deadline=None)  # how long a test takes is the machine's affair
+settings.load_profile("untimed")
 
 
 class Project:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sce_pipeline.losses import cast_table
@@ -15,7 +15,6 @@ def make_table(n_rows, d, dtype=torch.float32):
     return torch.randn(n_rows, d, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 700),
     st.integers(1, 9),

@@ -47,7 +47,7 @@ def test_groups_of_every_kind_in_chunks_of_any_size(batch, agree, monkeypatch, s
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any))
 @example([4, 1])  # as many tiles as there can be
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sequences_of_any_lengths(make_batch, lengths):
     batch = make_batch(lengths, n_items=20)
     groups = groups_of(batch, "sequence")

@@ -73,7 +73,7 @@ def catalogues(draw):
 
 
 @given(catalogues(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_complement_is_drawn_whole_and_nothing_else(catalogue, data):
     n_items, sets = catalogue
     owners = data.draw(st.lists(st.integers(0, len(sets) - 1), min_size=1, max_size=6))

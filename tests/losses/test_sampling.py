@@ -97,7 +97,7 @@ def test_every_offset_once_gives_every_item_once():
 
 
 @given(st.integers(1, 300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_relabelling_gives_each_item_one_cell(n_items):
     drawn = draw(1, n_items, 1, CPU, with_coins=False)
     items = drawn.relabel(torch.arange(n_items))
@@ -105,7 +105,7 @@ def test_a_relabelling_gives_each_item_one_cell(n_items):
 
 
 @given(st.integers(1, 40), st.integers(1, 90), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_cell_was_drawn_by_one_token_that_is_known(n_items, n_tokens, data):
     torch.manual_seed(data.draw(st.integers(0, 99)))
     drawn = draw(n_tokens, n_items, 3, CPU, with_coins=False)
@@ -158,7 +158,7 @@ counts_of_items = st.lists(st.integers(0, 20) | st.integers(0, 10**6), min_size=
 
 
 @given(counts_of_items.filter(any))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_an_alias_table_holds_every_item_exactly(counts):
     counts = torch.tensor(counts)
     total, n_items = counts.sum(), len(counts)
@@ -169,7 +169,7 @@ def test_an_alias_table_holds_every_item_exactly(counts):
 
 
 @given(counts_of_items.filter(any))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_thresholds_give_the_chances_to_the_last_bit(counts):
     counts = torch.tensor(counts)
     popularity = Popularity(counts)
@@ -189,7 +189,7 @@ def test_logarithms_of_a_chance_near_one_keep_their_bits():
 
 
 @given(counts_of_items.filter(any))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pieces_hold_each_cell_that_has_an_alias_once(counts):
     popularity = Popularity(torch.tensor(counts))
     heads_only = popularity.thresholds == 2**COIN_BITS - 1

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sce_pipeline.models import GRU4Rec, Packing, SASRec
@@ -62,7 +62,6 @@ def session(model, tmp_path_factory):
 
 
 @given(histories, st.integers(0, N_ITEMS - 1))
-@settings(deadline=None)
 def test_the_file_gives_the_states_of_the_model(session, model, rows, filler):
     items, lengths = lay_out(rows, filler)
     (found,) = session.run(["hidden"], {"items": items, "lengths": lengths})

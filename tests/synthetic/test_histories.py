@@ -142,7 +142,7 @@ def test_what_is_popular_changes_from_period_to_period():
         np.testing.assert_array_equal(counts.argmax(axis=1), np.full(6, -2 * period % 40))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     drift=st.integers(0, 100),
     period=st.integers(0, 4),

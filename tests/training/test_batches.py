@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sce_pipeline.training.batches import TrainingBatches
@@ -179,7 +179,6 @@ def test_parts_of_a_step_mask_what_the_whole_step_masks(histories, n_ranks, accu
     assert torch.equal(torch.cat(masks), torch.cat(whole))
 
 
-@settings(deadline=None)
 @given(histories_strategy, st.booleans())
 def test_take_and_spread_are_each_others_derivative(histories, masked):
     draw = {"draw_mask": lambda lengths, _: torch.rand(int(lengths.sum())) < 2} if masked else {}
