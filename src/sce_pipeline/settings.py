@@ -23,6 +23,9 @@ HOOKS = (
     ReportHooks(),
 )
 
+# .telemetry says no in the repository; this says it wherever the package runs.
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
+
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",
