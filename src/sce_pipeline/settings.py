@@ -5,6 +5,7 @@ from __future__ import annotations
 from sce_pipeline.hooks import (
     CheckpointHooks,
     NodeCostHooks,
+    OneRunHooks,
     ParameterHooks,
     ReportHooks,
     SweepHooks,
@@ -21,6 +22,7 @@ HOOKS = (
     CheckpointHooks(),
     TrackingHooks(),
     ReportHooks(),
+    OneRunHooks(),
 )
 
 # .telemetry says no in the repository; this says it wherever the package runs.
