@@ -99,7 +99,7 @@ def test_weights_without_their_history_are_refused(project):
 LIBRARIES = (
     *("kedro", "kedro_datasets", "kedro_datasets_experimental", "omegaconf"),
     *("narwhals", "pandas", "polars", "pyarrow"),
-    *("filelock", "plotly", "pydantic", "rich", "scipy", "sklearn"),
+    *("faiss", "filelock", "plotly", "pydantic", "rich", "scipy", "sklearn"),
 )
 
 

@@ -152,5 +152,5 @@ def test_a_server_that_takes_one_request_at_a_time_refuses_the_others(project, s
     assert all(answer["status"] == "success" for status, answer in answers if status == 200)
     for request, status in zip(requests, statuses, strict=True):
         while status == 503:
-            status, answer = server.run(**request)  # noqa: PLW2901
+            status, _ = server.run(**request)  # noqa: PLW2901
     assert len(recommended(project)) == 31 * (2 + 3 + 4)

@@ -21,7 +21,7 @@ class ListedItems:
     def search(self, hidden, n):
         self.asked = n
         rows = [[*row, *[NO_ITEM] * n][:n] for row in self.listed]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(hidden), n)
+        return torch.tensor(rows, device=hidden.device).reshape(len(hidden), n)
 
 
 @st.composite
@@ -111,3 +111,27 @@ def test_what_is_excluded_must_be_of_the_catalogue():
             3,
             torch.zeros(4, dtype=torch.bool),
         )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_lists():
+    generator = np.random.default_rng(0)
+    table, hidden = (
+        torch.tensor(generator.integers(-3, 4, (n, 4)), dtype=torch.float32) for n in (500, 30)
+    )
+    index = ListedItems([generator.permutation(500)[:40].tolist() for _ in range(30)])
+    seen = torch.tensor(generator.integers(500, size=300)), torch.arange(0, 301, 10)
+    excluded = torch.tensor(generator.random(500) < 0.3)
+    on_cpu, on_gpu = (
+        find_near_top_items(
+            index,
+            hidden.to(device),
+            table.to(device),
+            (seen[0].to(device), seen[1]),
+            10,
+            excluded.to(device),
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert torch.equal(on_gpu.items.cpu(), on_cpu.items)
+    assert torch.equal(on_gpu.scores.cpu(), on_cpu.scores)
