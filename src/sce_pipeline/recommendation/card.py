@@ -62,9 +62,8 @@ at most the last {max_length} items of a history and at least one. Item i is the
 
 INDEX = """\
 `load_recommender("this folder", search="approximate")` looks into {n_visited:,} of {n_lists:,}
-lists of items instead of ranking all, and needs faiss. On {n_histories:,} held-out histories,
-seen items left out, it found {recall:.4f} of the exact first {k}, on average, with {n_threads}
-threads:
+lists of items instead of ranking all, and needs faiss. On {n_histories:,} held-out histories, seen
+items left out, it found {recall:.4f} of the exact first {k}, on average (threads: {n_threads}):
 
 | histories a second | one at a time | together |
 | --- | --- | --- |

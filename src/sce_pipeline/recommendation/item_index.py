@@ -58,8 +58,8 @@ class ItemIndex:
     def build(cls, item_embeddings: Tensor) -> ItemIndex:
         """Put the rows of an item table, [n_items, d], into lists by their direction.
 
-        The lists are those of spherical k-means, as vectors of a large norm would attract all
-        others under inner products.
+        The lists are those of spherical k-means: under inner products centres of a large norm
+        would take most items of a trained table, whose norms grow with popularity.
 
         Raises:
             ModuleNotFoundError: faiss is not installed.
