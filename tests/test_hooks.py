@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from threading import Thread
 
 import pytest
 from kedro.io import DataCatalog
 from kedro.pipeline import Node, Pipeline
 from kedro.runner import SequentialRunner
 
-from sce_pipeline.hooks import CheckpointHooks, VersionHooks
+from sce_pipeline.hooks import CheckpointHooks, OneRunHooks, VersionHooks
 
 EARLIER, OWN, LATER = (f"2026-01-0{day}T00.00.00.000Z" for day in (1, 2, 3))
 
@@ -98,3 +99,35 @@ def test_a_folder_that_cannot_be_removed_does_not_stop_the_run(folder, monkeypat
     with caplog.at_level(logging.WARNING):
         finish(folder)
     assert "resource busy" in caplog.text
+
+
+def call_in_thread(function):
+    """Call a function in a thread of its own, and return what it raised."""
+    raised = []
+
+    def call():
+        try:
+            function()
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = Thread(target=call)
+    thread.start()
+    thread.join()
+    return raised
+
+
+def test_a_run_beside_another_is_refused_until_that_has_ended():
+    hooks = OneRunHooks()
+    for end in (hooks.after_pipeline_run, hooks.on_pipeline_error):
+        hooks.before_pipeline_run()
+        (error,) = call_in_thread(hooks.before_pipeline_run)
+        assert "another run is going on in this process" in str(error)
+        end()
+        assert not call_in_thread(hooks.before_pipeline_run)  # and its thread is gone
+
+
+def test_a_run_that_was_interrupted_is_not_waited_for():
+    hooks = OneRunHooks()
+    hooks.before_pipeline_run()
+    hooks.before_pipeline_run()

@@ -1,10 +1,11 @@
-"""Kedro hooks: parameters, sweeps, costs of nodes, end of checkpoints, the report."""
+"""Kedro hooks: parameters, sweeps, costs of nodes, end of checkpoints, the report, one run."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,44 @@ class ReportHooks:
         for report in self._reports:
             get_console().print(report, markup=False, highlight=False, soft_wrap=True)
         self._reports = []
+
+
+class OneRunHooks:
+    """Refuse a run beside another of the same process, as a server may be asked for.
+
+    These hooks and Kedro's parameters are shared by all runs of a process: a run would take those
+    of the other for its own, and remove its checkpoints. Runs in processes of their own may go
+    side by side.
+    """
+
+    def __init__(self) -> None:
+        self._runs: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @hook_impl(trylast=True)
+    def before_pipeline_run(self) -> None:
+        """Take note of the thread that runs, once nothing else can refuse its run.
+
+        A run of the same thread that has not ended was interrupted, as in a notebook.
+
+        Raises:
+            RuntimeError: Another one runs.
+        """
+        me = threading.current_thread()
+        with self._lock:
+            if self._runs is not None and self._runs is not me and self._runs.is_alive():
+                raise RuntimeError(
+                    "another run is going on in this process: send the request again once that "
+                    "has ended"
+                )
+            self._runs = me
+
+    @hook_impl(tryfirst=True)
+    def after_pipeline_run(self) -> None:
+        """Let another one run."""
+        self._runs = None
+
+    @hook_impl(tryfirst=True)
+    def on_pipeline_error(self) -> None:
+        """Let another one run."""
+        self._runs = None

@@ -568,9 +568,14 @@ class RecommendationParameters(Parameters):
 
 
 class ExportParameters(Parameters):
-    """What an exported folder holds: with ``onnx`` also SASRec's encoder as an ONNX file."""
+    """What an exported folder holds.
+
+    With ``onnx`` also SASRec's encoder as an ONNX file; with ``index``, the least share of the
+    exact lists that it should find, also an approximate index of the items.
+    """
 
     onnx: bool
+    index: OpenFraction | None
 
 
 class DatasetPreset(Parameters):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sce_pipeline.hooks import (
     CheckpointHooks,
     NodeCostHooks,
+    OneRunHooks,
     ParameterHooks,
     ReportHooks,
     SweepHooks,
@@ -21,7 +22,11 @@ HOOKS = (
     CheckpointHooks(),
     TrackingHooks(),
     ReportHooks(),
+    OneRunHooks(),
 )
+
+# .telemetry says no in the repository; this says it wherever the package runs.
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

@@ -8,12 +8,14 @@ import numpy as np
 import polars as pl
 import pytest
 from kedro.framework.session import KedroSession
+from pydantic import ValidationError
 from safetensors.numpy import load_file
 from trained_projects import LOG, TITLES
 
 import sce_pipeline
 from helpers import ROOT, SMALL_RUN
 from sce_pipeline.datasets.recommender_folder import RecommenderFolderDataset
+from sce_pipeline.parameters import ExportParameters
 from sce_pipeline.pipeline_registry import register_pipelines
 from sce_pipeline.recommendation.bundle import read_bundle
 
@@ -97,7 +99,7 @@ def test_weights_without_their_history_are_refused(project):
 LIBRARIES = (
     *("kedro", "kedro_datasets", "kedro_datasets_experimental", "omegaconf"),
     *("narwhals", "pandas", "polars", "pyarrow"),
-    *("filelock", "plotly", "pydantic", "rich", "scipy", "sklearn"),
+    *("faiss", "filelock", "plotly", "pydantic", "rich", "scipy", "sklearn"),
 )
 
 
@@ -146,3 +148,39 @@ def test_the_encoder_goes_along_where_it_is_asked_for(project):
     project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
     assert not (folder / "encoder.onnx").exists()
     assert "encoder.onnx" not in (folder / "model_card.md").read_text()
+
+
+def test_an_index_goes_along_with_what_was_measured_of_it(project):
+    pytest.importorskip("faiss")
+    project.run(pipelines=["export"], **SMALL_RUN, loss="ce", export={"index": 0.9})
+    (folder,) = exported(project)
+    index = json.loads((folder / "recommender.json").read_text())["index"]
+    assert (index["n_lists"], index["recall@10"]) == (1, 1)  # of 20 items
+    assert index["n_histories"] == 15  # half of the test users
+    card = (folder / "model_card.md").read_text()
+    for part in ("1 of 1", "15 held-out histories", "1.0000 of the exact first 10"):
+        assert part in card
+    for speeds in index["histories_per_second"].values():
+        assert f"| {speeds['alone']:,.0f} | {speeds['together']:,.0f} |" in card
+    histories = [["i1", "i2"], ["i7"], ["rare"]]
+    exact, found = (
+        sce_pipeline.load_recommender(folder, search=search).recommend_batch(histories, k=4)
+        for search in ("exact", "approximate")
+    )
+    assert [each.items for each in found] == [each.items for each in exact]
+    project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+    assert not (folder / "items.faiss").exists()
+    assert "faiss" not in (folder / "model_card.md").read_text()
+
+
+def test_an_index_without_test_users_is_refused(project):
+    project.path("05_model_input", "walk", "test_sequences.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"there is no test_sequences\.safetensors"):
+        project.run(pipelines=["export"], **SMALL_RUN, loss="ce", export={"index": 0.9})
+    project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+
+
+@pytest.mark.parametrize("index", [True, 0, 1, "hnsw"])
+def test_an_index_is_asked_for_by_a_share(index):
+    with pytest.raises(ValidationError, match="index"):
+        ExportParameters(onnx=False, index=index)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sce_pipeline.models import MODELS, Backbone, network_arguments
 from sce_pipeline.recommendation.catalogue import Catalogue
+from sce_pipeline.recommendation.item_index import ItemIndex, digest_file
 from sce_pipeline.recommendation.onnx_encoder import write_encoder
 
 FORMAT = 1
@@ -39,6 +40,9 @@ WEIGHTS, ITEMS, FACTS, CARD = FILES = (
 
 ENCODER = "encoder.onnx"
 """One more, where it is asked for."""
+
+INDEX = "items.faiss"
+"""Another; a fact ``index`` says what it is, with a ``digest`` of the file."""
 
 UNFINISHED = ".unfinished"
 """How the name of a folder ends while it is being written."""
@@ -59,6 +63,7 @@ class Bundle:
             values that JSON can hold.
         card: What people should know, as Markdown.
         with_encoder: Whether the encoder is also written as an ONNX file, ``encoder.onnx``.
+        index: Of the items, where it is asked for: ``items.faiss``; the facts have an ``index``.
     """
 
     weights: Mapping[str, Tensor]
@@ -66,6 +71,7 @@ class Bundle:
     facts: Mapping[str, Any]
     card: str
     with_encoder: bool = False
+    index: ItemIndex | None = None
 
     def build(self) -> Backbone:
         """Return the backbone with its weights, on the CPU.
@@ -109,6 +115,9 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
         }
         save_arrays(items, unfinished / ITEMS)
         facts = {"format": FORMAT, **bundle.facts}
+        if bundle.index is not None:
+            bundle.index.write(unfinished / INDEX)
+            facts["index"] = {**facts["index"], "digest": digest_file(unfinished / INDEX)}
         (unfinished / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (unfinished / CARD).write_text(bundle.card, encoding="utf-8")
         if bundle.with_encoder:
@@ -120,11 +129,16 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read_bundle(folder: Path) -> Bundle:
+def read_bundle(folder: Path, with_index: bool = False) -> Bundle:
     """Read a recommender from its folder.
+
+    Args:
+        folder: The folder.
+        with_index: Whether to read the index of the items too, which has to be there.
 
     Raises:
         BundleError: There is no folder, a file is missing or damaged, or the form is another.
+        ModuleNotFoundError: The index needs faiss, which is not installed.
     """
     if not folder.is_dir():
         raise BundleError(f"there is no folder {folder}")
@@ -144,7 +158,26 @@ def read_bundle(folder: Path) -> Bundle:
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise BundleError(f"a file in {folder} is damaged: {error}") from error
     card = (folder / CARD).read_text(encoding="utf-8")
-    return Bundle(weights, catalogue, facts, card, (folder / ENCODER).is_file())
+    index = _read_index(folder, facts, len(catalogue.ids)) if with_index else None
+    return Bundle(weights, catalogue, facts, card, (folder / ENCODER).is_file(), index)
+
+
+def _read_index(folder: Path, facts: Mapping[str, Any], n_items: int) -> ItemIndex:
+    if "index" not in facts:
+        raise BundleError(
+            f"{folder} has no index of its items: export it with the parameter export.index, as "
+            "in kedro run --pipelines export --params export.index=0.95, or load it with "
+            "search='exact'"
+        )
+    file = folder / INDEX
+    if not file.is_file():
+        raise BundleError(f"{folder} is no whole recommender: it lacks {INDEX}")
+    if digest_file(file) != facts["index"].get("digest"):  # faiss trusts what it reads
+        raise BundleError(f"{file} is damaged: it is not what was exported with {FACTS}")
+    index = ItemIndex.read(file)
+    if index.n_items != n_items:
+        raise BundleError(f"{file} is of {index.n_items} items, but {ITEMS} has {n_items}")
+    return index
 
 
 def _join_texts(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -15,7 +15,8 @@ def write_card(facts: Mapping[str, Any], with_encoder: bool) -> str:
     Args:
         facts: ``dataset``, ``weights_version``, ``n_items``, ``n_parameters``, ``model``,
             ``max_length``, ``training`` and ``data_processing`` (their parameters), ``best_epoch``,
-            and ``metrics``: of the model and by popularity, or None where it was not measured.
+            ``metrics``: of the model and by popularity, or None where it was not measured, and,
+            where there is an index of the items, ``index``.
         with_encoder: Whether there is an ONNX file of the encoder.
     """
     model, loss = facts["model"]["name"], facts["training"]["loss"]["name"]
@@ -29,6 +30,7 @@ def write_card(facts: Mapping[str, Any], with_encoder: bool) -> str:
         _tabulate(facts["metrics"]),
         "## How to use it",
         USE.format(max_length=facts["max_length"]),
+        *([_describe_index(facts["index"])] if "index" in facts else []),
         *([ENCODER.format(max_length=facts["max_length"])] if with_encoder else []),
         "## What it is for, and what not",
         LIMITS.format(dataset=facts["dataset"]),
@@ -58,6 +60,19 @@ ENCODER = """\
 at most the last {max_length} items of a history and at least one. Item i is the i-th of
 `items.safetensors`, where `ids_stops` says at which byte of `ids` each id ends."""
 
+INDEX = """\
+`load_recommender("this folder", search="approximate")` looks into {n_visited:,} of {n_lists:,}
+lists of items instead of ranking all, and needs faiss. On {n_histories:,} held-out histories, seen
+items left out, it found {recall:.4f} of the exact first {k}, on average (threads: {n_threads}):
+
+| histories a second | one at a time | together |
+| --- | --- | --- |
+| exact | {exact[alone]:,.0f} | {exact[together]:,.0f} |
+| approximate | {approximate[alone]:,.0f} | {approximate[together]:,.0f} |
+
+That is the search alone, after the history was encoded. Filters and scores are exact. The lists are
+shorter than asked for only where those of exact search are."""
+
 LIMITS = """\
 For ranking items of this catalogue by what tends to follow a history like those of {dataset}. Users
 need not be among those it was trained on; items must be: new ones take another training.
@@ -70,6 +85,16 @@ need not be among those it was trained on; items must be: new ones take another 
   recommendations will do, nor how the model does on later data or for parts of the users.
 - A history is personal data, and a recommendation may tell something about it.
 """
+
+
+def _describe_index(index: Mapping[str, Any]) -> str:
+    (measured,) = (key for key in index if key.startswith("recall@"))
+    return INDEX.format(
+        **index["histories_per_second"],
+        **{key: value for key, value in index.items() if key.startswith("n_")},
+        recall=index[measured],
+        k=measured.removeprefix("recall@"),
+    )
 
 
 def _list_facts(facts: Mapping[str, Any], model: str, loss: str) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
 from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems, find_top_items
 from sce_pipeline.models import Backbone
+from sce_pipeline.recommendation.item_index import ItemIndex
+from sce_pipeline.recommendation.near_top_items import find_near_top_items
 
 
 class Recommender:
@@ -16,10 +18,12 @@ class Recommender:
 
     Args:
         model: A trained backbone.
+        index: Of its items, to find nearly the best ones by; None ranks all items.
     """
 
-    def __init__(self, model: Backbone) -> None:
+    def __init__(self, model: Backbone, index: ItemIndex | None = None) -> None:
         self._model = model.eval()
+        self._index = index
 
     @property
     def n_items(self) -> int:
@@ -91,7 +95,10 @@ class Recommender:
 
     def _find(self, block: UserBlock, k: int, left_out: Tensor | None) -> TopItems:
         hidden = self._model.encode_last(self._model.embed(block.items), block.packing)
-        return find_top_items(hidden, self._model.item_embeddings, block.seen, k, left_out)
+        table = self._model.item_embeddings
+        if self._index is None:
+            return find_top_items(hidden, table, block.seen, k, left_out)
+        return find_near_top_items(self._index, hidden, table, block.seen, k, left_out)
 
     def _check(self, top: TopItems) -> None:
         if not bool(top.finite.all()):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from sce_pipeline.recommendation.recommender import Recommender
 
 ItemId: TypeAlias = str | int
 """An original id; a number is read as the text that a log would have it as."""
+
+
+Search: TypeAlias = Literal["exact", "approximate"]
+"""Whether all items are ranked or those that the index of the items finds."""
 
 
 class UnknownItemsWarning(UserWarning):
@@ -48,12 +52,12 @@ class ItemRecommender:
     """Recommends items for histories of original ids.
 
     Args:
-        bundle: What was exported.
+        bundle: What was exported, with an index where that is to be searched.
         device: Where to compute.
     """
 
     def __init__(self, bundle: Bundle, device: str) -> None:
-        self._recommender = Recommender(bundle.build().to(device))
+        self._recommender = Recommender(bundle.build().to(device), bundle.index)
         self._catalogue = bundle.catalogue
         self.facts: dict[str, Any] = dict(bundle.facts)
         self.card = bundle.card
@@ -68,6 +72,13 @@ class ItemRecommender:
         deny: Iterable[ItemId] = (),
     ) -> Recommendations:
         """Recommend ``k`` items for one history.
+
+        What is asked of seen, allowed and denied items holds exactly, whatever the search, and
+        scores are exact. An approximate search may miss items: the card says how many of the first
+        10 it finds, of longer lists it finds fewer. It asks the index for more items than ``k`` and
+        drops those that are left out; for a history of which fewer than ``k`` remain, or where the
+        lists leave out nearly everything, all items are ranked, which takes as long as without an
+        index.
 
         Args:
             history: Original ids in order of time, the latest last; it need not be of a user that
@@ -152,13 +163,19 @@ class ItemRecommender:
         )
 
 
-def load_recommender(folder: str | Path, device: str = "cpu") -> ItemRecommender:
+def load_recommender(
+    folder: str | Path, device: str = "cpu", search: Search = "exact"
+) -> ItemRecommender:
     """Load an exported recommender.
 
     Raises:
-        BundleError: A file is missing or does not belong to the others.
+        BundleError: A file is missing or does not belong to the others, or there is no index.
+        ModuleNotFoundError: An approximate search needs faiss, which is not installed.
+        ValueError: ``search`` is neither exact nor approximate.
     """
-    return ItemRecommender(read_bundle(Path(folder)), device)
+    if search not in get_args(Search):
+        raise ValueError(f"search must be one of {', '.join(get_args(Search))}, got {search!r}")
+    return ItemRecommender(read_bundle(Path(folder), search == "approximate"), device)
 
 
 def _read_ids(name: str, ids: Iterable[ItemId]) -> Sequence[str]:

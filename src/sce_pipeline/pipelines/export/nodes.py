@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import polars as pl
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from sce_pipeline.parameters import ExportParameters
 from sce_pipeline.recommendation.bundle import Bundle
 from sce_pipeline.recommendation.card import write_card
 from sce_pipeline.recommendation.catalogue import Catalogue
+from sce_pipeline.recommendation.index_quality import index_items
 
 Partitions = dict[str, Callable[[], Any]]
 
@@ -55,8 +57,14 @@ def bundle_recommender(
     items: pl.DataFrame,
     model_facts: dict[str, Any],
     export: ExportParameters,
+    held_out_sequences: Partitions,
 ) -> Bundle:
-    """Put weights, items, facts and the card together."""
+    """Put weights, items, facts and the card together, and what else is asked for.
+
+    Raises:
+        ModuleNotFoundError: An index needs faiss, which is not installed.
+        ValueError: There are no held-out histories to measure an index on.
+    """
     items = items.sort("item")
     catalogue = Catalogue(items["itemid"].to_list(), items["title"].to_list())
     facts = {
@@ -64,5 +72,18 @@ def bundle_recommender(
         "n_items": len(items),
         "n_parameters": sum(values.numel() for values in model_weights.values()),
     }
+    index = None
+    if export.index is not None:
+        model = Bundle(model_weights, catalogue, facts, card="").build()
+        index, facts["index"] = index_items(model, _test_users(held_out_sequences), export.index)
     card = write_card(facts, export.onnx)
-    return Bundle(model_weights, catalogue, facts, card, export.onnx)
+    return Bundle(model_weights, catalogue, facts, card, export.onnx, index)
+
+
+def _test_users(held_out_sequences: Partitions) -> dict[str, np.ndarray]:
+    if "test" not in held_out_sequences:
+        raise ValueError(
+            "export.index is measured on the histories of test users, but there is no "
+            "test_sequences.safetensors: run the pipeline data_processing, or set it to null"
+        )
+    return held_out_sequences["test"]()

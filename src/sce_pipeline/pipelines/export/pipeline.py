@@ -25,7 +25,13 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 bundle_recommender,
-                inputs=["model_weights", "items", "model_facts", "params:export"],
+                inputs=[
+                    "model_weights",
+                    "items",
+                    "model_facts",
+                    "params:export",
+                    "held_out_sequences",
+                ],
                 outputs="exported_recommender",
                 name="bundle_recommender",
             ),
