@@ -1,7 +1,7 @@
 """Losses over a catalogue of items, all behind the interface of ``Loss``.
 
-To add one, write its file here, its parameter class in ``sce_pipeline.parameters`` and its preset
-in ``conf/base/parameters/losses.yml``, and name it in ``LOSSES``.
+To add one, write its file here, its parameter class in ``sce_pipeline.parameters.losses`` and its
+preset in ``conf/base/parameters/losses.yml``, and name it in ``LOSSES``.
 """
 
 from __future__ import annotations
