@@ -105,8 +105,16 @@ def test_replayed_is_as_it_comes(half, backbone):
             return model.encode(*args)
 
     plain, replayed = Encoder(encode), ReplayedEncoder(encode, weights, MAX_LENGTH)
-    # Two shapes in turn, each with other lengths within, and sequences that are empty.
-    for lengths in ([3, 40, 1, 0], [10, 10], [20, 4, 0, 20], [19, 1], [40, 0, 1, 3]):
+    # Shapes in turn, some sharing their memory, with other lengths within and empty sequences.
+    for lengths in (
+        [3, 40, 1, 0, 16],
+        [3, 40, 1, 0],
+        [10, 10],
+        [20, 4, 0, 20],
+        [19, 1],
+        [20, 20, 20, 0, 0],
+        [40, 0, 1, 3],
+    ):
         embedded, packing = inputs(lengths, "cuda")
         masked = mask_of(model, packing, seed=max(lengths))
         gradient = torch.randn_like(embedded)
@@ -114,7 +122,10 @@ def test_replayed_is_as_it_comes(half, backbone):
         for encoder in (plain, replayed):
             weights_of(model)
             hidden = encoder.forward(embedded.clone(), packing, masked).clone()
-            of_embedded = encoder.backward(gradient).clone()
+            laid = gradient
+            if encoder.room is not None:
+                laid = encoder.room.copy_(gradient)
+            of_embedded = encoder.backward(laid).clone()
             found.append([hidden, of_embedded, *(weight.grad.clone() for weight in weights)])
         for expected, result in zip(*found, strict=True):
             # BERT4Rec's norms magnify what is drawn small, and rounding with it.

@@ -176,6 +176,8 @@ def cut_cross_entropy(
         offset = at_least_float32(log_probability.detach())
         bias = -offset if bias is None else bias - offset
     options = (label_smoothing, z_loss, logit_scale)
+    if bias is not None:
+        bias = bias.contiguous()
     if decides_for_triton(impl, hidden, item_embeddings):
         dtype = compute_dtype(hidden, item_embeddings)
         is_learned = bias is not None and bias.requires_grad
@@ -363,7 +365,7 @@ def _terms(
         smoothing=label_smoothing,
         z_loss=z_loss,
         skip_mass=skip_mass,
-        bias=None if bias is None else bias.contiguous(),
+        bias=bias,
         token_scale=token_scale,
         item_scale=item_scale,
         mean_item=mean_item,
