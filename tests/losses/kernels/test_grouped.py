@@ -300,7 +300,7 @@ def test_half_precision_tables_sum_their_gradient_in_float32(triton):
 
 
 @pytest.mark.parametrize(
-    ("shared", "exclude"), itertools.product(("sequence", "batch"), ("history", "target"))
+    ("shared", "exclude"), list(itertools.product(("sequence", "batch"), ("history", "target")))
 )
 @pytest.mark.parametrize(
     ("name", "options"),
