@@ -4,34 +4,32 @@ from itertools import product
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from sce_pipeline.evaluation import ranking as ranking_module
 from sce_pipeline.evaluation.ranking import Shard, join_rankings, rank_block
 
-N_RANKS = 3
 N_USERS = 9
 SIZES_OF_SHARDS = [(5, 7, 1), (1, 1, 1), (1, 30, 9), (20, 1), (8, 8)]
 
 
-def test_shards_rank_as_the_whole_table(tmp_path):
-    multiprocessing.spawn(check_rank, (str(tmp_path / "rendezvous"),), N_RANKS)
+def test_shards_rank_as_the_whole_table(three_ranks):
+    three_ranks.run(check_rank)
 
 
-def check_rank(rank, rendezvous):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=N_RANKS
-    )
-    groups = {n: distributed.new_group(list(range(n))) for n in (2, 3)}
-    for sizes, k, scores_at_once in product(SIZES_OF_SHARDS, (0, 6, 50), (100, 10_000)):
-        ranking_module.SCORES_AT_ONCE_ON_CPU = scores_at_once
-        if rank < len(sizes):
-            check_against_the_whole_table(rank, groups[len(sizes)], sizes, k)
-    check_that_scores_must_be_finite_on_all_ranks(rank, groups[3])
-    check_that_every_rank_needs_a_row(rank, groups[3])
-    check_that_the_largest_shard_is_known(rank, groups[3])
-    distributed.destroy_process_group()
+def check_rank(rank):
+    everybody, two = distributed.group.WORLD, distributed.new_group([0, 1])
+    groups = {2: two, 3: everybody}
+    with pytest.MonkeyPatch.context() as patch:
+        for sizes, k, scores_at_once in product(SIZES_OF_SHARDS, (0, 6, 50), (100, 10_000)):
+            patch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", scores_at_once)
+            if rank < len(sizes):
+                check_against_the_whole_table(rank, groups[len(sizes)], sizes, k)
+    check_that_scores_must_be_finite_on_all_ranks(rank, everybody)
+    check_that_every_rank_needs_a_row(rank, everybody)
+    check_that_the_largest_shard_is_known(rank, everybody)
+    if rank in (0, 1):
+        distributed.destroy_process_group(two)
 
 
 def check_against_the_whole_table(rank, group, sizes, k):

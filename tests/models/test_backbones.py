@@ -138,8 +138,10 @@ def test_every_loss_reaches_every_weight(name, loss):
         assert parameter.grad.any(), parameter_name
 
 
-@each_model
-@pytest.mark.parametrize("loss", ["ce", "cce_minus"])
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [*((name, "ce") for name in MODELS), ("sasrec", "cce_minus"), ("gru4rec", "cce_minus")],
+)
 def test_a_few_steps_of_adam_learn_what_follows(name, loss):
     steps, rate = (500, 0.003) if name == "bert4rec" else (60, 0.01)
     model, loss = make_model(name, hidden_size=32).float(), make_loss(loss)
