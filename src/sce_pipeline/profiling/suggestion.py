@@ -159,7 +159,7 @@ def _why_not_exact(
     reasons = []
     for name in EXACT:
         if name in slowdown:
-            times = f"{slowdown[name]:.1f} times as long as {fastest}"
+            times = f"{slowdown[name]:.2f} times as long as {fastest}"
             reasons.append(f"{name} takes {times}, more than {max_slowdown:g}")
         elif name in costs:
             reasons.append(f"{name} does not fit")
