@@ -229,16 +229,32 @@ def test_a_quote_that_is_never_closed_is_found_at_once_in_a_long_file(raw):
     assert time.perf_counter() - started < 10
 
 
-def test_a_bomb_of_rows_is_read_in_parts_and_one_of_a_single_line_is_refused(raw, monkeypatch):
+def test_a_bomb_of_rows_is_read_in_parts(raw, monkeypatch):
     monkeypatch.setattr(raw_table, "LONGEST_RECORD", 2**16)
     rows = b"user,item\n" + b"1,2\n" * 200_000
     assert (
         raw("rows", csv_gz=gzip.compress(rows)).load().select(pl.len()).collect().item() == 200_000
     )
-    for name, content in {
-        "header": b"u" * 2**17 + b",item\n1,2\n",
-        "row": b"user,item\n1,2\n" + b"1" * 2**20 + b",2\n",
-    }.items():
-        table = raw(name, csv_gz=gzip.compress(content))
-        with pytest.raises(DatasetError, match="unpacks to a line of 65,536 bytes or more"):
-            table.load()
+
+
+HEADER = gzip.compress(b"user,item\n1,2\n")
+ROW = gzip.compress(b"1,2\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (gzip.compress(b"u" * 2**17 + b",item\n1,2\n"), 1),
+        (gzip.compress(b"user,item\n1,2\n" + b"1" * 2**20 + b",2\n"), 3),
+        (HEADER + gzip.compress(b"1" * 2**20 + b",2\n") + ROW, 3),
+        (HEADER + gzip.compress(b"1" * 2**20) + gzip.compress(b"1" * 2**17 + b",2\n") + ROW, 3),
+        (HEADER + gzip.compress(b'"' + b"1\n" * 2**17 + b'",2\n') + ROW, 3),
+        (HEADER + gzip.compress(b'"1\n",2\n' * 30_000 + b'3,"' + b"\n" * 2**20 + b'"\n'), 60_003),
+    ],
+    ids=["header", "row", "amid members", "over members", "quoted", "after quoted lines"],
+)
+def test_a_record_that_would_fill_the_memory_is_refused(raw, monkeypatch, content, line):
+    monkeypatch.setattr(raw_table, "LONGEST_RECORD", 2**16)
+    message = rf"interactions\.csv\.gz: line {line} begins a record of 65,536 bytes or more"
+    with pytest.raises(DatasetError, match=message):
+        raw("toy", csv_gz=content).load()

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import errno
+import http.client
 import json
+import os
+import ssl
+from pathlib import Path
 
 import pytest
 from site_on_this_machine import Site
@@ -41,6 +46,49 @@ def test_what_breaks_off_is_gone_on_with(site, file, act, caplog):
     half, more = len(CONTENT) // 2, len(CONTENT) * 3 // 4
     assert site.asked == [("log", None), ("log", f"bytes={half}-"), ("log", f"bytes={more}-")]
     assert f"broke off after {half:,} bytes" in caplog.text
+
+
+UNREACHABLE = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+BAD_RECORD = ssl.SSLError(1, "[SSL] record layer failure")
+
+
+@pytest.mark.parametrize("error", [UNREACHABLE, BAD_RECORD], ids=["unreachable", "tls"])
+@pytest.mark.parametrize("call", ["read1", "begin"])
+def test_whatever_the_connection_fails_with_is_gone_on_with(
+    site, file, monkeypatch, caplog, call, error
+):
+    url = site.put("log", CONTENT, '"1"')
+    site.plan = ["cut"] if call == "begin" else []
+    original, calls = getattr(http.client.HTTPResponse, call), []
+
+    def fail_the_second_time(response, *arguments):
+        calls.append(call)
+        if len(calls) == 2:
+            raise error
+        return original(response, *arguments)
+
+    monkeypatch.setattr(http.client.HTTPResponse, call, fail_the_second_time)
+    fetch(url, file, LIMIT)
+    assert file.read_bytes() == CONTENT
+    assert all(part is not None for _, part in site.asked[1:])
+    assert str(error) in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ETIMEDOUT])
+def test_a_disk_that_fails_is_not_taken_for_the_connection(site, file, monkeypatch, number):
+    error = OSError(number, os.strerror(number))
+    open_file = Path.open
+
+    def open_or_fail(path, mode="r", *arguments, **options):
+        if mode == "ab":
+            raise error
+        return open_file(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    with pytest.raises(OSError) as raised:  # noqa: PT011 - it is the very error
+        fetch(site.put("log", CONTENT), file, LIMIT)
+    assert raised.value is error
+    assert len(site.asked) == 1
 
 
 def test_a_later_run_goes_on_where_an_earlier_one_gave_up(site, file, monkeypatch):

@@ -60,7 +60,7 @@ CONTENTS = {
     "movielens_1m": zipped(
         **{
             "ml-1m__ratings_dot_dat": b"1::31::5::978300760\n2::10::3::978302109\n",
-            "ml-1m__movies_dot_dat": b"31::Am\xe9lie: A::Drama\n10::GoldenEye::Action\n",
+            "ml-1m__movies_dot_dat": b"31::Am\xe9lie:\x85 A::Drama\n10::GoldenEye::Action\r\n",
         }
     ),
     "gowalla": gzip.compress(
@@ -76,7 +76,7 @@ CONTENTS = {
 TABLES = {
     "movielens_1m": (
         [("1", "31", "978300760"), ("2", "10", "978302109")],
-        [("31", "Amélie: A"), ("10", "GoldenEye")],
+        [("31", "Amélie:\x85 A"), ("10", "GoldenEye")],
     ),
     "gowalla": (
         [("0", "22847", "2010-10-19T23:55:27Z"), ("7", '4"2', "2010-10-18T22:17:43Z")],

@@ -114,7 +114,7 @@ def test_what_was_changed_of_a_preset_is_part_of_the_settings():
 
 
 def test_where_nothing_fits_the_settings_are_those_that_the_need_leads_to():
-    need = Need(70 * GB, 40 * GB, 0, 8 * GB, 128, "batch_size", 128, 1)
+    need = Need(70 * GB, 40 * GB, 0, 0, 6 * GB, 2 * GB, 0, 128, "batch_size", 128, 1)
     found = make_suggestion({"cce": None, "sce": None}, need)["recommendation"]
     assert found["command"] == (
         "kedro run --params dataset=shop,loss=cce,training.devices=4,"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from preset_losses import EFFORT, PRESETS, loss_of
@@ -65,7 +67,9 @@ def test_where_nothing_fits_the_need_is_measured_on_a_catalogue_that_fits(monkey
     assert need.free == found.free
     assert need.table == 4 * N_ITEMS * 16
     assert need.rest == direct.parameters - need.table
-    assert need.working >= 4 * direct.activations
+    assert need.activations >= 4 * direct.activations
+    assert need.loss > 0
+    assert need.cast == 0  # products are in float32 on this device
     assert (need.batch, need.batch_name, need.n_sequences, need.n_parts) == (
         20,
         "batch_size",
@@ -79,7 +83,17 @@ def test_the_need_of_a_batch_by_tokens_is_of_its_tokens():
     need = measure_need(SEQUENCES, training, EFFORT, FREE)
     assert (need.batch, need.batch_name, need.n_sequences) == (60, "batch_tokens", 10)
     half = measure_need(SEQUENCES, make_training(batch_tokens=30), EFFORT, FREE)
-    assert half.working < 0.6 * need.working
+    assert half.activations < 0.6 * need.activations
+    assert half.loss < 0.6 * need.loss
+
+
+def test_the_table_is_cast_where_products_are_in_half_precision(monkeypatch):
+    measure = candidates.measure_cost
+    monkeypatch.setattr(
+        candidates, "measure_cost", lambda *args: replace(measure(*args), precision="bf16-mixed")
+    )
+    need = measure_need(SEQUENCES, make_training(batch_size=20), EFFORT, FREE)
+    assert (need.table, need.cast) == (4 * N_ITEMS * 16, 2 * N_ITEMS * 16)
 
 
 def test_no_part_is_smaller_than_a_sequence(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sce_pipeline.losses.cast_table import CAST_BYTES
 from sce_pipeline.profiling.memory import Memory
 from sce_pipeline.profiling.steps import Cost
 from sce_pipeline.profiling.suggestion import (
@@ -29,8 +30,9 @@ def costs(**seconds):
 
 
 def make_need(**changes):
-    values = {"table": 2 * GB, "rest": 0, "working": 40 * GB, "batch": 128, "n_sequences": 128}
-    values |= {"free": 40 * GB, "batch_name": "batch_size", "n_parts": 1}
+    values = {"free": 40 * GB, "table": 2 * GB, "cast": 0, "rest": 0}
+    values |= {"activations": 30 * GB, "loss": 10 * GB, "other": 0}
+    values |= {"batch": 128, "batch_name": "batch_size", "n_sequences": 128, "n_parts": 1}
     return Need(**{**values, **changes})
 
 
@@ -41,9 +43,9 @@ def make_need(**changes):
         (costs(cce=15, sce=10, cce_minus=12), "cce", "1.50 times as long as with sce"),
         (costs(cce=14, ce=10), "cce", "1.40 times as long as with ce"),
         (costs(cce=40, ce=12, sce=10), "ce", "1.20 times as long as with sce"),
-        (costs(cce=15.1, sce=10, cce_minus=12), "sce", "cce takes 1.5 times as long as sce"),
+        (costs(cce=15.1, sce=10, cce_minus=12), "sce", "cce takes 1.51 times as long as sce"),
         (costs(cce=30, sce=12, cce_minus=10), "cce_minus", "faster here than sce"),
-        (costs(cce=30, bce=5, sce=12), "sce", "cce takes 6.0 times as long as bce"),
+        (costs(cce=30, bce=5, sce=12), "sce", "cce takes 6.00 times as long as bce"),
         (costs(cce=None, ce=None, sce=12), "sce", "cce does not fit and ce does not fit"),
         (costs(cce=30, bce=5, sce=None), "cce", "neither cce_minus nor sce fits"),
         (costs(bce=5, rece=4), "rece", "cce was not tried"),
@@ -67,7 +69,7 @@ def test_the_worth_of_exactness_is_a_parameter_and_nothing_fits_is_no_choice():
 def test_a_batch_that_is_too_large_is_computed_in_parts_on_the_device_there_is():
     # 36 GB usable, 10 of them for five copies of the table: 40 / 2 fit beside them.
     assert settle_sizes(make_need()) == {"accumulation_steps": 2}
-    assert settle_sizes(make_need(working=100 * GB)) == {"accumulation_steps": 4}
+    assert settle_sizes(make_need(activations=90 * GB)) == {"accumulation_steps": 4}
     assert settle_sizes(make_need(n_parts=4)) == {"accumulation_steps": 8}
 
 
@@ -79,12 +81,46 @@ def test_where_another_gradient_is_too_much_the_batch_is_smaller():
 
 
 def test_a_state_that_is_too_large_is_shared_by_devices():
-    need = make_need(table=16 * GB, working=4 * GB)  # 64 GB for four copies
+    need = make_need(table=16 * GB, activations=3 * GB, loss=GB)  # 64 GB for four copies
     found = settle_sizes(need)
     assert found == {"devices": 2, "item_table": "sharded", "accumulation_steps": 1}
     text = explain_sizes(need, found)
     assert "take 64.0 GB" in text
     assert "each of 2 devices holds 32.0 GB" in text
+
+
+def test_devices_share_activations_but_each_has_the_loss_of_all_tokens():
+    # 72 GB usable, 64 of them for four copies of a 32nd of the table: 8 GB are left for 1.5 GB of
+    # activations and 16 of the loss, which are 4.4 in four parts; there is no room for five copies.
+    need = make_need(free=80 * GB, table=512 * GB, activations=48 * GB, loss=16 * GB)
+    found = settle_sizes(need)
+    assert found == {
+        "devices": 32,
+        "item_table": "sharded",
+        "batch_size": 32,
+        "accumulation_steps": 1,
+    }
+    assert "a step's batch about 64.0 GB more" in explain_sizes(need, found)
+
+
+@pytest.mark.parametrize(("room", "fits"), [(-(2**20), False), (2**20, True)])
+def test_the_cast_of_a_large_table_takes_no_more_than_it_may(room, fits):
+    free = round((4 * 2 * GB + CAST_BYTES + room) / USABLE)
+    need = make_need(free=free, cast=GB, activations=0, loss=0, n_parts=0)
+    assert (settle_sizes(need) == {"accumulation_steps": 1}) == fits
+
+
+@pytest.mark.parametrize(("room", "n_devices"), [(-(2**20), 4), (2**20, 2)])
+def test_a_smaller_cast_is_shared_with_the_table(room, n_devices):
+    free = round((4 * GB + GB // 16 + room) / USABLE)
+    need = make_need(free=free, cast=GB // 8, activations=0, loss=0)
+    assert settle_sizes(need)["devices"] == n_devices
+
+
+def test_what_nothing_makes_less_is_there_on_every_device():
+    need = make_need(table=16 * GB, other=5 * GB)
+    assert settle_sizes(need)["devices"] == 4
+    assert settle_sizes(make_need(other=36 * GB)) is None
 
 
 def test_what_no_device_can_hold_is_said_with_what_would_help():
@@ -95,18 +131,21 @@ def test_what_no_device_can_hold_is_said_with_what_would_help():
 
 
 NUMBER = st.integers(1, 10**6)
+SMALL = st.integers(0, 10**5)
 
 
-@given(NUMBER, NUMBER, st.integers(0, 10**5), NUMBER, st.integers(1, 600), st.integers(1, 8))
+@given(NUMBER, NUMBER, SMALL, SMALL, NUMBER, NUMBER, SMALL, st.integers(1, 600), st.integers(1, 8))
 def test_what_is_settled_is_the_first_that_fits_of_all_there_is(
-    free, table, rest, working, n_sequences, n_parts
+    free, table, cast, rest, activations, loss, other, n_sequences, n_parts
 ):
-    need = Need(free, table, rest, working, n_sequences, "batch_size", n_sequences, n_parts)
+    sizes = (free, table, cast, rest, activations, loss, other)
+    need = Need(*sizes, n_sequences, "batch_size", n_sequences, n_parts)
     powers = [2**n for n in range(10)]
     fitting = []
     for devices, parts, smaller in product(powers, powers, (False, True)):
         gradients = 2 if parts > 1 and not smaller else 1
-        needed = (3 + gradients) * table / devices + 4 * rest + working / devices / parts
+        needed = (3 + gradients) * table / devices + 4 * rest + other
+        needed += activations / devices / parts + loss / parts + cast / devices
         tried = devices == 1 and parts <= n_parts
         if devices * parts <= n_sequences and not tried and needed <= USABLE * free:
             fitting.append((devices, smaller, parts))

@@ -128,7 +128,7 @@ def _fetch_once(opener: OpenerDirector, url: str, part: _Part, limit: int) -> No
     version = part.version(url)
     if version is not None:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": version}
-    with _naming(url), opener.open(Request(url, headers=headers), timeout=TIMEOUT) as response:  # noqa: S310
+    with _naming(url), _open(opener, Request(url, headers=headers)) as response:  # noqa: S310
         start, total = _place_of(response)
         if version is None or response.status != _PARTIAL:
             part.begin(url, _version_of(response))
@@ -142,12 +142,37 @@ def _fetch_once(opener: OpenerDirector, url: str, part: _Part, limit: int) -> No
         _receive(response, url, part, total, limit)
 
 
+def _open(opener: OpenerDirector, request: Request) -> http.client.HTTPResponse:
+    with _connected():
+        response: http.client.HTTPResponse = opener.open(request, timeout=TIMEOUT)
+        return response
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    with _connected():
+        return response.read1(_BLOCK)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Take any failure of the connection for one that may pass: a reset, TLS or no way there.
+
+    Nothing that fails with the file may come in here, as both are an ``OSError``.
+    """
+    try:
+        yield
+    except URLError:  # an answer, or a connection that was not made: it says so itself
+        raise
+    except OSError as error:
+        raise _BrokenOffError(str(error) or type(error).__name__) from error
+
+
 def _receive(
     response: http.client.HTTPResponse, url: str, part: _Part, total: int | None, limit: int
 ) -> None:
     size, reported = part.size, time.monotonic()
     with part.file.open("ab") as stream:
-        while block := response.read1(_BLOCK):
+        while block := _read(response):
             size += len(block)
             if size > limit:
                 part.remove()
@@ -200,7 +225,7 @@ def _naming(url: str) -> Iterator[None]:
         raise _BrokenOffError(str(error.reason)) from error
     except http.client.IncompleteRead as error:
         raise _BrokenOffError("the connection was closed") from error
-    except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except http.client.HTTPException as error:
         raise _BrokenOffError(str(error) or type(error).__name__) from error
     except ValueError as error:  # an address that is none
         raise DownloadError(f"{url} leads to nowhere: {error}") from error

@@ -48,8 +48,9 @@ def _read_movielens_csv(source: Source, file: Path) -> Tables:
 
 def _read_movielens_1m(source: Source, file: Path) -> Tables:
     ratings = _scan_text(_extract(source, file, "ratings.dat"), "\x1f", ["line"])
-    movies = _extract(source, file, "movies.dat").read_text(encoding="latin-1")
-    parts = [line.split("::") for line in movies.splitlines()]
+    # Lines end at line feeds alone: str.splitlines would cut at bytes that are no ends in Latin-1.
+    with _extract(source, file, "movies.dat").open(encoding="latin-1") as lines:
+        parts = [line.removesuffix("\n").split("::") for line in lines]
     return {
         "interactions": ratings.select(pl.col("line").str.split("::")).select(
             userid=pl.col("line").list.get(0, null_on_oob=True),

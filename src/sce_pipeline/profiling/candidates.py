@@ -35,6 +35,9 @@ PROBE_ITEMS = 1000
 BYTES = 4
 """Of a number of the item table, float32."""
 
+HALF_BYTES = 2
+"""Of a number of its cast, bfloat16."""
+
 PLAIN_CCE = CCEParameters(
     name="cce",
     label_smoothing=0.0,
@@ -122,7 +125,7 @@ def measure_need(
     """Measure a step of CCE with a catalogue that fits, in as few parts as fit.
 
     Items are taken modulo a smaller catalogue: what a step of CCE takes beside the state grows with
-    its tokens, not with the items.
+    its tokens, and with the items only as far as the table is cast, which is added.
 
     Args:
         sequences: What ``train_sequences`` holds.
@@ -149,12 +152,16 @@ def measure_need(
         cost = measure_cost(probed, parameters, effort)
         if cost is not None:
             memory = cost.memory
-            row = BYTES * training.model.hidden_size
+            hidden_size = training.model.hidden_size
+            is_cast = cost.precision == "bf16-mixed"
             return Need(
                 free,
-                table=n_items * row,
-                rest=memory.parameters - n_probed * row,
-                working=(memory.activations + memory.loss) * parts + memory.other,
+                table=n_items * hidden_size * BYTES,
+                cast=n_items * hidden_size * HALF_BYTES if is_cast else 0,
+                rest=memory.parameters - n_probed * hidden_size * BYTES,
+                activations=memory.activations * parts,
+                loss=memory.loss * parts,
+                other=memory.other,
                 batch=batch,
                 batch_name=batch_name,
                 n_sequences=n_sequences,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sce_pipeline.losses.cast_table import CAST_BYTES
 from sce_pipeline.profiling.steps import Cost
 
 EXACT = ("cce", "ce")
@@ -38,8 +39,12 @@ class Need(NamedTuple):
     Attributes:
         free: Bytes that a device has.
         table: Bytes of the item table.
+        cast: Bytes of the item table in the dtype of products, 0 where that is its own.
         rest: Bytes of all other weights.
-        working: Bytes that a step takes beside the state when a device computes it at once.
+        activations: Bytes that the backbone keeps of a step when a device computes it at once.
+        loss: Bytes that the loss takes then, beside the cast. Devices that share the item table
+            each hold the tokens of all for it, so only parts make it less.
+        other: Bytes beside these, such as the data set on the device, which nothing makes less.
         batch: How large a step is, in the unit of ``batch_name``.
         batch_name: The parameter of training that says so.
         n_sequences: Sequences of a step, at least.
@@ -48,8 +53,11 @@ class Need(NamedTuple):
 
     free: int
     table: int
+    cast: int
     rest: int
-    working: int
+    activations: int
+    loss: int
+    other: int
     batch: int
     batch_name: str
     n_sequences: int
@@ -106,8 +114,8 @@ def settle_sizes(need: Need) -> dict[str, Any] | None:
     usable = USABLE * need.free
     for devices in _doubling(need.n_sequences):
         shared = {"devices": devices, "item_table": "sharded"} if devices > 1 else {}
-        table, working = need.table / devices, need.working / devices
-        state = COPIES * (table + need.rest)
+        table, working = need.table / devices, need.activations / devices + need.loss
+        whole = COPIES * (table + need.rest) + min(need.cast / devices, CAST_BYTES) + need.other
         parts_left = [
             parts
             for parts in _doubling(need.n_sequences // devices)
@@ -115,10 +123,10 @@ def settle_sizes(need: Need) -> dict[str, Any] | None:
         ]
         for parts in parts_left:
             another_gradient = table if parts > 1 else 0
-            if state + another_gradient + working / parts <= usable:
+            if whole + another_gradient + working / parts <= usable:
                 return {**shared, "accumulation_steps": parts}
         for parts in parts_left:
-            if state + working / parts <= usable:
+            if whole + working / parts <= usable:
                 smaller = {need.batch_name: need.batch // parts}
                 return {**shared, **smaller, "accumulation_steps": 1}
     return None
@@ -127,9 +135,10 @@ def settle_sizes(need: Need) -> dict[str, Any] | None:
 def explain_sizes(need: Need, settings: Mapping[str, Any] | None) -> str:
     """Say why nothing fits, and what the settings make of it."""
     state = COPIES * (need.table + need.rest)
+    batch = need.activations + need.loss + min(need.cast, CAST_BYTES) + need.other
     why = (
         f"no loss fits: {COPIES} copies of the weights (with gradients and Adam's moments) take "
-        f"{_gigabytes(state)}, a step's batch about {_gigabytes(need.working)} more, and "
+        f"{_gigabytes(state)}, a step's batch about {_gigabytes(batch)} more, and "
         f"{_gigabytes(need.free)} are free"
     )
     if settings is None:
@@ -144,8 +153,8 @@ def explain_sizes(need: Need, settings: Mapping[str, Any] | None) -> str:
         remedies.append(f"each of {devices} devices holds {each} of what the item table takes")
     if (parts := settings["accumulation_steps"]) > 1:
         remedies.append(f"a step in {parts} parts needs {parts} times less memory for the batch")
-    if (batch := settings.get(need.batch_name)) is not None:
-        remedies.append(f"a {need.batch_name} of {batch:,} rather than {need.batch:,} needs less")
+    if (smaller := settings.get(need.batch_name)) is not None:
+        remedies.append(f"a {need.batch_name} of {smaller:,} rather than {need.batch:,} needs less")
     return f"{why}; {', and '.join(remedies)}"
 
 
@@ -159,7 +168,7 @@ def _why_not_exact(
     reasons = []
     for name in EXACT:
         if name in slowdown:
-            times = f"{slowdown[name]:.1f} times as long as {fastest}"
+            times = f"{slowdown[name]:.2f} times as long as {fastest}"
             reasons.append(f"{name} takes {times}, more than {max_slowdown:g}")
         elif name in costs:
             reasons.append(f"{name} does not fit")
