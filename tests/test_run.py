@@ -97,7 +97,9 @@ def test_a_saved_version_is_evaluated_again_on_its_own(project):
     project.write_log("walk", make_log())
     run_small(project, loss="ce")
     (version,) = project.versions("06_models", "walk", "ce", "model_weights.safetensors")
-    parameters = {**SMALL, "dataset": "walk", "loss": "ce"}
+    # The model is that of the weights, not the one that would be trained now.
+    training = {**SMALL["training"], "model": {**SMALL["training"]["model"], "n_heads": 4}}
+    parameters = {**SMALL, "training": training, "dataset": "walk", "loss": "ce"}
     with KedroSession.create(project.folder, runtime_params=parameters) as session:
         session.run(
             pipeline_names=["evaluation"],

@@ -15,6 +15,7 @@ from sce_pipeline.recommendation.bundle import Bundle
 from sce_pipeline.recommendation.card import write_card
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.index_quality import index_items
+from sce_pipeline.training_record import find_record
 
 Partitions = dict[str, Callable[[], Any]]
 
@@ -31,20 +32,15 @@ def describe_model(
     Raises:
         ValueError: The training history of these weights is not there.
     """
-    name = f"{loss}/training_history.json/{weights_version}"
-    if name not in run_histories:
-        raise ValueError(
-            f"there is no training history of the version {weights_version} of loss {loss}, "
-            "without which the model's parameters are not known"
-        )
-    history = run_histories[name]()
+    record = find_record(dataset, loss, weights_version, run_histories)
+    history = record.history
     measured = measured_versions.get(weights_version)
     return {
         "dataset": dataset,
         "weights_version": weights_version,
         "sce_pipeline": __version__,
         "model": history["parameters"]["model"],
-        "max_length": history["data_processing"]["max_length"],
+        "max_length": record.max_length,
         "training": history["parameters"],
         "data_processing": history["data_processing"],
         "best_epoch": history["best_epoch"],
