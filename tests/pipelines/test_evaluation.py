@@ -19,7 +19,7 @@ from sce_pipeline.parameters import (
 )
 from sce_pipeline.pipelines.evaluation import create_pipeline
 from sce_pipeline.pipelines.evaluation.nodes import rank_by_popularity, rank_items
-from sce_pipeline.provenance import stamp
+from sce_pipeline.provenance import ITEM_STAMP, read_item_stamp, stamp, stamp_items
 
 N_ITEMS = 20
 
@@ -65,10 +65,12 @@ def inputs(training, evaluation, data_processing):
         "n_items": np.array([N_ITEMS]),
         "max_length": np.array([4]),
         **stamp(data_processing),
+        **stamp_items(f"i{number}" for number in range(N_ITEMS)),
     }
     history = {
         "parameters": training.model_dump(mode="json"),
         "data_processing": data_processing.model_dump(mode="json"),
+        ITEM_STAMP: read_item_stamp(sequences),
     }
     users = generator.integers(1, 40, size=N_ITEMS).astype(np.int32)
     return {
@@ -153,6 +155,20 @@ def test_weights_of_another_length_are_an_error(inputs):
         ValueError, match="max_length = 4, but the test sequences of walk were made"
     ):
         rank(inputs)
+
+
+def test_weights_of_other_items_are_an_error(inputs):
+    trained = read_item_stamp(inputs["test_sequences"])
+    others = stamp_items(f"i{number}" for number in reversed(range(N_ITEMS)))
+    inputs["test_sequences"] |= others
+    with pytest.raises(ValueError, match="trained on other items of walk") as error:
+        rank(inputs)
+    for part in (
+        f"{trained} in training_history.json of the version v1",
+        f"{read_item_stamp(others)} in test_sequences",
+        "train again, or restore the log",
+    ):
+        assert part in str(error.value)
 
 
 def test_weights_without_their_history_are_an_error(inputs):

@@ -10,7 +10,7 @@ import pytest
 from kedro.framework.session import KedroSession
 from pydantic import ValidationError
 from safetensors.numpy import load_file
-from trained_projects import LOG, TITLES
+from trained_projects import LOG, TITLES, rename_an_item
 
 import sce_pipeline
 from helpers import ROOT, SMALL_RUN
@@ -94,6 +94,13 @@ def test_weights_without_their_history_are_refused(project):
     version.rename(version.with_name("2020-01-01T00.00.00.000Z"))
     with pytest.raises(ValueError, match=f"no training history of the version {version.name}"):
         project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+
+
+def test_weights_of_other_items_are_refused(project):
+    rename_an_item(project)
+    with pytest.raises(ValueError, match=r"other items of walk .* in items; train again"):
+        project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+    assert not project.path("07_model_output", "walk", "ce", "recommender").exists()
 
 
 LIBRARIES = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from kedro.framework.session import KedroSession
 from safetensors.torch import load_file
-from trained_projects import LOG, TITLES
+from trained_projects import LOG, TITLES, rename_an_item
 
 from helpers import ROOT, SMALL_RUN
 from sce_pipeline.interactions.errors import InteractionsError
@@ -241,6 +241,28 @@ def test_weights_of_another_catalogue_are_refused(project):
     project.run(pipelines=["data_processing"], **SMALL_RUN)
     with pytest.raises(ValueError, match="trained on 20 items, but the catalogue has 21"):
         recommend(project)
+
+
+def test_weights_of_other_items_are_refused(project):
+    rename_an_item(project)
+    with pytest.raises(ValueError, match=r"other items of walk .* in items; train again"):
+        recommend(project)
+    assert not project.path("07_model_output", "walk", "ce", "recommendations").exists()
+    project.run(pipelines=["training"], **SMALL_RUN, loss="ce")
+    found, _ = recommend(project)
+    assert "a_new_one" in found["item"].to_list()
+
+
+def test_weights_of_an_unknown_numbering_are_warned_of(project, caplog):
+    expected, _ = recommend(project)
+    assert "It is not known whether" not in caplog.text
+    (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
+    history = json.loads(file.read_text())
+    del history["item_fingerprint"]
+    file.write_text(json.dumps(history))
+    found, _ = recommend(project)
+    assert "It is not known whether the weights" in caplog.text
+    assert found.equals(expected)
 
 
 KILLED = """

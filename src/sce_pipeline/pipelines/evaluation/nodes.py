@@ -14,7 +14,7 @@ from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model, rank_with_popularity
 from sce_pipeline.models import load_model
 from sce_pipeline.parameters import DataProcessingParameters, EvaluationParameters
-from sce_pipeline.provenance import check_stamp
+from sce_pipeline.provenance import check_stamp, read_item_stamp
 from sce_pipeline.training_record import find_record
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,11 @@ def rank_items(
 
     Raises:
         ValueError: The sequences are not those that this run asks for or the weights were trained
-            for, or the training history of the weights is not there.
+            on, or the training history of the weights is not there.
     """
     check_stamp(test_sequences, data_processing)
     record = find_record(dataset, loss, weights_version, run_histories)
+    record.check_items(read_item_stamp(test_sequences), "test_sequences")
     max_length = int(test_sequences["max_length"][0])
     if record.max_length != max_length:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sce_pipeline import __version__
 from sce_pipeline.parameters import ExportParameters
+from sce_pipeline.provenance import fingerprint_texts
 from sce_pipeline.recommendation.bundle import Bundle
 from sce_pipeline.recommendation.card import write_card
 from sce_pipeline.recommendation.catalogue import Catalogue
@@ -24,15 +25,18 @@ def describe_model(
     weights_version: str,
     run_histories: Partitions,
     measured_versions: Partitions,
+    items: pl.DataFrame,
     dataset: str,
     loss: str,
 ) -> dict[str, Any]:
     """Put together what is known of the weights that are loaded.
 
     Raises:
-        ValueError: The training history of these weights is not there.
+        ValueError: The training history of these weights is not there, or they were trained on
+            other items.
     """
     record = find_record(dataset, loss, weights_version, run_histories)
+    record.check_items(fingerprint_texts(items.sort("item")["itemid"]), "items")
     history = record.history
     measured = measured_versions.get(weights_version)
     return {

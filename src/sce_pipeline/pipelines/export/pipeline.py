@@ -17,6 +17,7 @@ def create_pipeline() -> Pipeline:
                     "weights_version",
                     "run_histories",
                     "measured_versions",
+                    "items",
                     "params:dataset",
                     "params:loss",
                 ],

@@ -27,11 +27,11 @@ from sce_pipeline.parameters import (
     RecommendationParameters,
 )
 from sce_pipeline.pipelines.recommendation.frames import Candidates, Histories, tabulate
-from sce_pipeline.provenance import fingerprint
+from sce_pipeline.provenance import fingerprint, fingerprint_texts
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.recommender import Recommender
-from sce_pipeline.recommendation.request import fingerprint_texts, name_request
-from sce_pipeline.training_record import find_record
+from sce_pipeline.recommendation.request import name_request
+from sce_pipeline.training_record import TrainingRecord, find_record
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,13 @@ class SavedRecommender:
 
     Attributes:
         recommender: The model on its device.
+        record: How it was trained.
         identity: Version and fingerprint of the weights, the model's parameters and its longest
             history.
     """
 
     recommender: Recommender
+    record: TrainingRecord
     identity: dict[str, Any]
 
 
@@ -79,7 +81,7 @@ def load_recommender(
         "max_length": record.max_length,
     }
     device = choose_device(recommendation.accelerator, "recommendation.accelerator")
-    return SavedRecommender(Recommender(model.to(device)), identity)
+    return SavedRecommender(Recommender(model.to(device)), record, identity)
 
 
 def choose_candidates(
@@ -168,10 +170,12 @@ def describe_request(
             f"the model was trained on {n_items:,} items, but the catalogue has "
             f"{len(candidates.items):,}: load the weights that belong to the data, or train again"
         )
+    items = fingerprint_texts(candidates.items["itemid"])
+    recommender.record.check_items(items, "items")
     request = {
         **recommender.identity,
         "recommendation": recommendation.model_dump(mode="json", exclude={"accelerator"}),
-        "items": fingerprint_texts(candidates.items["itemid"]),
+        "items": items,
         "titles": fingerprint_texts(candidates.items["title"]),
         "users": fingerprint_texts(histories.users),
         "data": fingerprint(
