@@ -88,6 +88,12 @@ def test_facts_and_card_are_about_the_version_that_was_exported(project):
     assert dataset.load().facts == facts
 
 
+def test_what_is_trained_may_be_exported_in_the_same_run(project):
+    project.run(pipelines=["training", "export"], **SMALL_RUN, loss="ce")
+    (folder,) = exported(project)
+    assert folder.name == weights(project)[1].parent.name
+
+
 def test_weights_without_their_history_are_refused(project):
     (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
     version = file.parent

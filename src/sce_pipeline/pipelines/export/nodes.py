@@ -22,6 +22,7 @@ Partitions = dict[str, Callable[[], Any]]
 
 
 def describe_model(
+    model_weights: dict[str, Tensor],
     weights_version: str,
     run_histories: Partitions,
     measured_versions: Partitions,
@@ -30,6 +31,8 @@ def describe_model(
     loss: str,
 ) -> dict[str, Any]:
     """Put together what is known of the weights that are loaded.
+
+    In a run that also trains, the weights make this wait for their training history.
 
     Raises:
         ValueError: The training history of these weights is not there, or they were trained on
@@ -48,6 +51,7 @@ def describe_model(
         "training": history["parameters"],
         "data_processing": history["data_processing"],
         "best_epoch": history["best_epoch"],
+        "n_parameters": sum(values.numel() for values in model_weights.values()),
         "metrics": measured() if measured else None,
     }
 
@@ -67,11 +71,7 @@ def bundle_recommender(
     """
     items = items.sort("item")
     catalogue = Catalogue(items["itemid"].to_list(), items["title"].to_list())
-    facts = {
-        **model_facts,
-        "n_items": len(items),
-        "n_parameters": sum(values.numel() for values in model_weights.values()),
-    }
+    facts = {**model_facts, "n_items": len(items)}
     index = None
     if export.index is not None:
         model = Bundle(model_weights, catalogue, facts, card="").build()

@@ -14,6 +14,7 @@ def create_pipeline() -> Pipeline:
             Node(
                 describe_model,
                 inputs=[
+                    "model_weights",
                     "weights_version",
                     "run_histories",
                     "measured_versions",
