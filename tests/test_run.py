@@ -13,10 +13,11 @@ import pytest
 from kedro.framework.session import KedroSession
 from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from helpers import ROOT, make_log
 from sce_pipeline.losses import LOSSES
+from sce_pipeline.provenance import stamp_items
 from sce_pipeline.training.checkpoint import CheckpointError
 
 SMALL = {
@@ -97,7 +98,9 @@ def test_a_saved_version_is_evaluated_again_on_its_own(project):
     project.write_log("walk", make_log())
     run_small(project, loss="ce")
     (version,) = project.versions("06_models", "walk", "ce", "model_weights.safetensors")
-    parameters = {**SMALL, "dataset": "walk", "loss": "ce"}
+    # The model is that of the weights, not the one that would be trained now.
+    training = {**SMALL["training"], "model": {**SMALL["training"]["model"], "n_heads": 4}}
+    parameters = {**SMALL, "training": training, "dataset": "walk", "loss": "ce"}
     with KedroSession.create(project.folder, runtime_params=parameters) as session:
         session.run(
             pipeline_names=["evaluation"],
@@ -181,6 +184,21 @@ def test_a_partial_run_refuses_the_data_of_another_split(project):
             data_processing={"max_length": 16},
         )
     assert len(project.versions("06_models", "walk", "ce", "model_weights.safetensors")) == 1
+
+
+def test_training_refuses_sequences_that_do_not_say_which_items_they_number(project):
+    project.write_log("walk", make_log())
+    run_small(project, pipelines=["data_processing"])
+    file = project.path("05_model_input", "walk", "validation_sequences.safetensors")
+    arrays = load_file(file)
+    others = {**arrays, **stamp_items(["another"])}
+    save_file(others, file)
+    with pytest.raises(ValueError, match="validation_sequences number different items"):
+        run_small(project, pipelines=["training"], loss="ce")
+    del others["item_fingerprint"]
+    save_file(others, file)
+    with pytest.raises(ValueError, match="do not say which items they number"):
+        run_small(project, pipelines=["training"], loss="ce")
 
 
 def test_an_unknown_data_set_is_refused_with_those_that_exist(project):

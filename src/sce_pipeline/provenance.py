@@ -1,14 +1,15 @@
-"""A stamp on sequences that says with which parameters they were made.
+"""Stamps on sequences: the parameters they were made with, and the items that they number.
 
 Data of a data set lies in one place whatever its split and filters, so a partial run could meet
-sequences that an earlier run made with other parameters. The stamp lets it see so.
+sequences that an earlier run made with other parameters, or weights that were trained on an earlier
+log, in which a number stood for another item. The stamps let it see so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from sce_pipeline.parameters import DataProcessingParameters
 
 STAMP = "parameters"
 """Name of the stamp among the arrays: the parameters as JSON, one byte an entry."""
+
+ITEM_STAMP = "item_fingerprint"
+"""Name of the other stamp among the arrays: a fingerprint in hexadecimal, one byte an entry."""
 
 
 def stamp(parameters: DataProcessingParameters) -> dict[str, np.ndarray]:
@@ -28,6 +32,25 @@ def stamp(parameters: DataProcessingParameters) -> dict[str, np.ndarray]:
 def read_stamp(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return the parameters that stamped arrays were made with."""
     return json.loads(arrays[STAMP].tobytes())
+
+
+def stamp_items(item_ids: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the stamp of the items' original ids in the order of their numbers, by its name."""
+    return {ITEM_STAMP: np.frombuffer(fingerprint_texts(item_ids).encode(), dtype=np.uint8)}
+
+
+def read_item_stamp(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the fingerprint of the ids of the items that stamped arrays number.
+
+    Raises:
+        ValueError: They have none, as they were made before there was this stamp.
+    """
+    if ITEM_STAMP not in arrays:
+        raise ValueError(
+            "the sequences do not say which items they number, as an earlier version of "
+            "sce_pipeline made them; run the pipeline data_processing again"
+        )
+    return arrays[ITEM_STAMP].tobytes().decode()
 
 
 def check_stamp(arrays: Mapping[str, np.ndarray], parameters: DataProcessingParameters) -> None:
@@ -60,6 +83,16 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(array.data)
+    return digest.hexdigest()
+
+
+def fingerprint_texts(texts: Iterable[str | None]) -> str:
+    """Return a number, in hexadecimal, that changes with any of the texts or their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        encoded = b"" if text is None else text.encode()
+        digest.update(f"{-1 if text is None else len(encoded)} ".encode())
+        digest.update(encoded)
     return digest.hexdigest()
 
 

@@ -78,6 +78,26 @@ def test_without_timestamps_the_order_of_the_file_is_that_of_time():
     assert spell_out(histories, users) == {"7": [2, 0, 3], "8": [1]}
 
 
+def test_without_timestamps_the_report_says_nothing_of_them():
+    what = [" 4", "0", None, "9"]
+    _, by_row = read_histories(table(who=[7, 7, 8, 7], what=what), COLUMNS)
+    assert by_row == {
+        "raw": {"rows": 4, "users": 2, "items": 3},
+        "kept": {"rows": 3, "users": 1, "items": 3},
+        "dropped": {"missing item": {"rows": 1, "first_data_row": 3}},
+        "doubtful": {"space around an id": 1},
+        "order": "row",
+    }
+    _, by_time = read_histories(table(who=[7, 7, 8, 7], what=what, when=[0, 1, 2, 3]), COLUMNS)
+    assert by_time == by_row | {
+        "doubtful": {"space around an id": 1, "timestamp of exactly 0": 1},
+        "timestamp_unit": "seconds",
+        "first_timestamp": "1970-01-01T00:00:00",
+        "last_timestamp": "1970-01-01T00:00:03",
+        "order": "timestamp",
+    }
+
+
 def test_with_timestamps_it_is_theirs_and_rows_that_cannot_be_used_are_counted():
     frame = table(who=[7, 7, 8, 7], what=["4", "0", None, "9"], when=[9, 3, 1, 3])
     read, report = read_histories(frame, COLUMNS)

@@ -16,13 +16,17 @@ from sce_pipeline.models import build_model
 from sce_pipeline.parameters import (
     DataProcessingParameters,
     EvaluationParameters,
-    TrainingParameters,
 )
 from sce_pipeline.pipelines.evaluation import create_pipeline
 from sce_pipeline.pipelines.evaluation.nodes import rank_by_popularity, rank_items
-from sce_pipeline.provenance import stamp
+from sce_pipeline.provenance import ITEM_STAMP, read_item_stamp, stamp, stamp_items
 
 N_ITEMS = 20
+
+RANKED_WITH = (
+    *("model_weights", "weights_version", "run_histories", "test_sequences"),
+    *("params:dataset", "params:loss", "params:evaluation", "params:data_processing"),
+)
 
 
 @pytest.fixture
@@ -61,16 +65,30 @@ def inputs(training, evaluation, data_processing):
         "n_items": np.array([N_ITEMS]),
         "max_length": np.array([4]),
         **stamp(data_processing),
+        **stamp_items(f"i{number}" for number in range(N_ITEMS)),
+    }
+    history = {
+        "parameters": training.model_dump(mode="json"),
+        "data_processing": data_processing.model_dump(mode="json"),
+        ITEM_STAMP: read_item_stamp(sequences),
     }
     users = generator.integers(1, 40, size=N_ITEMS).astype(np.int32)
     return {
         "model_weights": build_model(training.model, N_ITEMS, 4).state_dict(),
+        "weights_version": "v1",
+        "run_histories": {"ce/training_history.json/v1": lambda: history},
         "test_sequences": sequences,
         "item_popularity": {"users": users, "n_users": np.array([40])},
-        "params:training": training,
+        "params:dataset": "walk",
+        "params:loss": "ce",
         "params:evaluation": evaluation,
         "params:data_processing": data_processing,
     }
+
+
+def rank(inputs):
+    """Rank by the model alone."""
+    return rank_items(**{name.removeprefix("params:"): inputs[name] for name in RANKED_WITH})
 
 
 def run(inputs):
@@ -78,13 +96,11 @@ def run(inputs):
     return SequentialRunner().run(create_pipeline(), DataCatalog(datasets))["metrics"].load()
 
 
-def test_the_stage_ranks_and_measures_model_and_popularity(
-    inputs, training, evaluation, data_processing, caplog
-):
+def test_the_stage_ranks_and_measures_model_and_popularity(inputs, evaluation, caplog):
     with caplog.at_level(logging.INFO, logger="sce_pipeline.pipelines.evaluation.nodes"):
         metrics = run(inputs)
     sequences = inputs["test_sequences"]
-    by_model = rank_items(inputs["model_weights"], sequences, training, evaluation, data_processing)
+    by_model = rank(inputs)
     by_popularity = rank_by_popularity(inputs["item_popularity"], sequences, evaluation)
     assert by_model["top_items"].shape == by_popularity["top_items"].shape == (30, 5)
     for rankings, name in ((by_model, "model"), (by_popularity, "popularity")):
@@ -119,31 +135,63 @@ def test_seen_items_come_back_without_the_filter(inputs, evaluation):
     assert run(inputs)["model"]["n_repeated_targets"] == 0
 
 
-def test_weights_of_another_catalogue_are_an_error(inputs, training, evaluation, data_processing):
-    weights = build_model(training.model, N_ITEMS + 1, 4).state_dict()
+def test_weights_of_another_catalogue_are_an_error(inputs, training):
+    inputs["model_weights"] = build_model(training.model, N_ITEMS + 1, 4).state_dict()
     with pytest.raises(ValueError, match="the sequences are of 20 items, but 21"):
-        rank_items(weights, inputs["test_sequences"], training, evaluation, data_processing)
+        rank(inputs)
 
 
-def test_sequences_made_with_other_parameters_are_an_error(inputs, training, evaluation):
-    asked = make_data_processing(max_length=5)
+def test_sequences_made_with_other_parameters_are_an_error(inputs):
+    inputs["params:data_processing"] = make_data_processing(max_length=5)
     with pytest.raises(ValueError, match=r"data_processing\.max_length = 4 rather than 5; run"):
-        rank_items(inputs["model_weights"], inputs["test_sequences"], training, evaluation, asked)
+        rank(inputs)
+
+
+def test_weights_of_another_length_are_an_error(inputs):
+    longer = make_data_processing(max_length=5)
+    inputs["params:data_processing"] = longer
+    inputs["test_sequences"] |= {"max_length": np.array([5]), **stamp(longer)}
+    with pytest.raises(
+        ValueError, match="max_length = 4, but the test sequences of walk were made"
+    ):
+        rank(inputs)
+
+
+def test_weights_of_other_items_are_an_error(inputs):
+    trained = read_item_stamp(inputs["test_sequences"])
+    others = stamp_items(f"i{number}" for number in reversed(range(N_ITEMS)))
+    inputs["test_sequences"] |= others
+    with pytest.raises(ValueError, match="trained on other items of walk") as error:
+        rank(inputs)
+    for part in (
+        f"{trained} in training_history.json of the version v1",
+        f"{read_item_stamp(others)} in test_sequences",
+        "train again, or restore the log",
+    ):
+        assert part in str(error.value)
+
+
+def test_weights_without_their_history_are_an_error(inputs):
+    inputs["weights_version"] = "v2"
+    with pytest.raises(ValueError, match="no training history of the version v2 of loss ce"):
+        rank(inputs)
 
 
 def test_kedro_checks_the_parameters_and_names_stay_plain():
     pipeline = create_pipeline()
     types = TypeExtractor({"evaluation": pipeline}).extract_types_from_pipelines()
     assert types == {
-        "training": TrainingParameters,
         "evaluation": EvaluationParameters,
         "data_processing": DataProcessingParameters,
     }
     assert pipeline.inputs() == {
         "model_weights",
+        "weights_version",
+        "run_histories",
         "test_sequences",
         "item_popularity",
-        "params:training",
+        "params:dataset",
+        "params:loss",
         "params:evaluation",
         "params:data_processing",
     }

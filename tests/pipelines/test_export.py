@@ -10,7 +10,7 @@ import pytest
 from kedro.framework.session import KedroSession
 from pydantic import ValidationError
 from safetensors.numpy import load_file
-from trained_projects import LOG, TITLES
+from trained_projects import LOG, TITLES, rename_an_item
 
 import sce_pipeline
 from helpers import ROOT, SMALL_RUN
@@ -88,12 +88,25 @@ def test_facts_and_card_are_about_the_version_that_was_exported(project):
     assert dataset.load().facts == facts
 
 
+def test_what_is_trained_may_be_exported_in_the_same_run(project):
+    project.run(pipelines=["training", "export"], **SMALL_RUN, loss="ce")
+    (folder,) = exported(project)
+    assert folder.name == weights(project)[1].parent.name
+
+
 def test_weights_without_their_history_are_refused(project):
     (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
     version = file.parent
     version.rename(version.with_name("2020-01-01T00.00.00.000Z"))
     with pytest.raises(ValueError, match=f"no training history of the version {version.name}"):
         project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+
+
+def test_weights_of_other_items_are_refused(project):
+    rename_an_item(project)
+    with pytest.raises(ValueError, match=r"other items of walk .* in items; train again"):
+        project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+    assert not project.path("07_model_output", "walk", "ce", "recommender").exists()
 
 
 LIBRARIES = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from kedro.framework.session import KedroSession
 from safetensors.torch import load_file
-from trained_projects import LOG, TITLES
+from trained_projects import LOG, TITLES, rename_an_item
 
 from helpers import ROOT, SMALL_RUN
 from sce_pipeline.interactions.errors import InteractionsError
@@ -210,12 +210,59 @@ def test_the_weights_of_a_chosen_version_are_used(project):
     assert read_report(project)["folder"].startswith(third.parent.name)
 
 
+def test_the_model_is_the_one_that_was_trained_whatever_is_asked_for_now(project):
+    found, report = recommend(project, k=4)
+    other = {"hidden_size": 8, "n_blocks": 1, "n_heads": 4}
+    parameters = {
+        **SMALL_RUN,
+        "loss": "ce",
+        "training": {**SMALL_RUN["training"], "model": other},
+        "data_processing": {**SMALL_RUN["data_processing"], "max_length": 5},
+        "recommendation": {"accelerator": "cpu", "k": 4},
+    }
+    folder = project.path("07_model_output", "walk", "ce", "recommendations")
+    shutil.rmtree(folder)
+    project.run(pipelines=["recommendation"], **parameters)
+    assert read_report(project)["folder"] == report["folder"]
+    files = sorted((folder / report["folder"]).glob("*.parquet"))
+    assert pl.concat([pl.read_parquet(file) for file in files]).equals(found)
+
+
+def test_weights_without_their_history_are_refused(project):
+    (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
+    file.parent.rename(file.parent.with_name("2020-01-01T00.00.00.000Z"))
+    with pytest.raises(ValueError, match=f"no training history of the version {file.parent.name}"):
+        recommend(project)
+
+
 def test_weights_of_another_catalogue_are_refused(project):
     with (project.path("01_raw", "walk") / "interactions.csv").open("a") as log:
         log.writelines(f"u{user},i99,1600000000\n" for user in range(8))
     project.run(pipelines=["data_processing"], **SMALL_RUN)
     with pytest.raises(ValueError, match="trained on 20 items, but the catalogue has 21"):
         recommend(project)
+
+
+def test_weights_of_other_items_are_refused(project):
+    rename_an_item(project)
+    with pytest.raises(ValueError, match=r"other items of walk .* in items; train again"):
+        recommend(project)
+    assert not project.path("07_model_output", "walk", "ce", "recommendations").exists()
+    project.run(pipelines=["training"], **SMALL_RUN, loss="ce")
+    found, _ = recommend(project)
+    assert "a_new_one" in found["item"].to_list()
+
+
+def test_weights_of_an_unknown_numbering_are_warned_of(project, caplog):
+    expected, _ = recommend(project)
+    assert "It is not known whether" not in caplog.text
+    (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
+    history = json.loads(file.read_text())
+    del history["item_fingerprint"]
+    file.write_text(json.dumps(history))
+    found, _ = recommend(project)
+    assert "It is not known whether the weights" in caplog.text
+    assert found.equals(expected)
 
 
 KILLED = """

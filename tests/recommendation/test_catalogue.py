@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sce_pipeline.provenance import fingerprint_texts
 from sce_pipeline.recommendation.catalogue import Catalogue
-from sce_pipeline.recommendation.request import fingerprint_texts, name_request
+from sce_pipeline.recommendation.request import name_request
 
 IDS = [f"i{number}" for number in range(8)]
 CATALOGUE = Catalogue(IDS, [None] * 8)

@@ -22,6 +22,9 @@ from sce_pipeline.interactions.timestamps import (
 )
 from sce_pipeline.parameters import Columns
 
+ZERO_TIMESTAMP = "timestamp of exactly 0"
+"""The doubt, in a report, about a row of 1 January 1970."""
+
 _NAMES_OF_NOTHING = (
     "nan",
     "NaN",
@@ -142,7 +145,7 @@ def _doubts() -> dict[str, nw.Expr]:
     return {
         "space around an id": either(lambda text: text != text.str.strip_chars()),
         "id that says it is missing": either(lambda text: text.is_in(_NAMES_OF_NOTHING)),
-        "timestamp of exactly 0": nw.col("number").fill_null(1.0) == 0,
+        ZERO_TIMESTAMP: nw.col("number").fill_null(1.0) == 0,
         "line break in another column, where a misplaced quote may hide rows": nw.col(
             "spans_lines"
         ),

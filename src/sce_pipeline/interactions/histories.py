@@ -7,7 +7,7 @@ from typing import Any
 import narwhals.stable.v2 as nw
 import numpy as np
 
-from sce_pipeline.interactions.cleaning import clean_interactions
+from sce_pipeline.interactions.cleaning import ZERO_TIMESTAMP, clean_interactions
 from sce_pipeline.interactions.columns import ROW
 from sce_pipeline.interactions.encoding import number_ids
 from sce_pipeline.interactions.parts import IN_TIME
@@ -29,7 +29,8 @@ def read_histories(table: nw.LazyFrame[Any], columns: Columns) -> tuple[nw.LazyF
 
     Returns:
         The rows that can be used, as ``clean_interactions`` has them, and its report, which counts
-        the others and also says what the ``order`` is by.
+        the others and also says what the ``order`` is by; where that is the row, the report says
+        nothing of timestamps.
 
     Raises:
         InteractionsError: A column is missing or of a type without meaning, or no row can be used.
@@ -38,6 +39,8 @@ def read_histories(table: nw.LazyFrame[Any], columns: Columns) -> tuple[nw.LazyF
     if not has_time:
         table = table.with_columns(nw.col(ROW).alias(columns.timestamp))
     interactions, _, report = clean_interactions(table, columns, "The table of histories")
+    if not has_time:
+        report = _leave_out_timestamps(report)
     return interactions, report | {"order": "timestamp" if has_time else "row"}
 
 
@@ -74,6 +77,16 @@ def collect_histories(
         "unknown_items": _describe_unknown(events),
     }
     return histories, users["userid"].to_list(), report
+
+
+def _leave_out_timestamps(report: Report) -> Report:
+    """Drop what a report says of timestamps, where they are only the numbers of rows."""
+    of_time = {"timestamp_unit", "first_timestamp", "last_timestamp"}
+    doubtful = {
+        doubt: rows for doubt, rows in report["doubtful"].items() if doubt != ZERO_TIMESTAMP
+    }
+    kept = {name: value for name, value in report.items() if name not in of_time}
+    return kept | {"doubtful": doubtful}
 
 
 def _describe_unknown(events: nw.LazyFrame[Any]) -> Report:

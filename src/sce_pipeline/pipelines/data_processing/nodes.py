@@ -13,7 +13,7 @@ from sce_pipeline.interactions import cleaning, encoding, filters, sequences, sp
 from sce_pipeline.interactions.reports import Report
 from sce_pipeline.interactions.sequences import Arrays
 from sce_pipeline.parameters import DataProcessingParameters
-from sce_pipeline.provenance import stamp
+from sce_pipeline.provenance import stamp, stamp_items
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def encode_interactions(
 
 
 def build_sequences(
-    encoded_interactions: IntoFrame, parameters: DataProcessingParameters
+    encoded_interactions: IntoFrame, items: IntoFrame, parameters: DataProcessingParameters
 ) -> tuple[Arrays, Arrays, Arrays, Arrays, Report]:
     """Lay out training windows, held-out histories and the items' popularity as flat arrays."""
     train, validation, test, popularity, report = sequences.build_sequences(
@@ -130,7 +130,8 @@ def build_sequences(
         f"{report['users_without_window']:,}",
         100 * report["ties"]["share_of_pairs"],
     )
-    made_with = stamp(parameters)
+    ids = _lazy(items).sort("item").select("itemid").collect()["itemid"]
+    made_with = stamp(parameters) | stamp_items(ids)
     return train | made_with, validation | made_with, test | made_with, popularity, report
 
 

@@ -44,7 +44,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 build_sequences,
-                inputs=["encoded_interactions", "params:data_processing"],
+                inputs=["encoded_interactions", "items", "params:data_processing"],
                 outputs=[
                     "train_sequences",
                     "validation_sequences",

@@ -19,8 +19,11 @@ def create_pipeline() -> Pipeline:
                 rank_items,
                 inputs=[
                     "model_weights",
+                    "weights_version",
+                    "run_histories",
                     "test_sequences",
-                    "params:training",
+                    "params:dataset",
+                    "params:loss",
                     "params:evaluation",
                     "params:data_processing",
                 ],

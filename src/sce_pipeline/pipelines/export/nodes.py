@@ -11,43 +11,47 @@ from torch import Tensor
 
 from sce_pipeline import __version__
 from sce_pipeline.parameters import ExportParameters
+from sce_pipeline.provenance import fingerprint_texts
 from sce_pipeline.recommendation.bundle import Bundle
 from sce_pipeline.recommendation.card import write_card
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.index_quality import index_items
+from sce_pipeline.training_record import find_record
 
 Partitions = dict[str, Callable[[], Any]]
 
 
 def describe_model(
+    model_weights: dict[str, Tensor],
     weights_version: str,
     run_histories: Partitions,
     measured_versions: Partitions,
+    items: pl.DataFrame,
     dataset: str,
     loss: str,
 ) -> dict[str, Any]:
     """Put together what is known of the weights that are loaded.
 
+    In a run that also trains, the weights make this wait for their training history.
+
     Raises:
-        ValueError: The training history of these weights is not there.
+        ValueError: The training history of these weights is not there, or they were trained on
+            other items.
     """
-    name = f"{loss}/training_history.json/{weights_version}"
-    if name not in run_histories:
-        raise ValueError(
-            f"there is no training history of the version {weights_version} of loss {loss}, "
-            "without which the model's parameters are not known"
-        )
-    history = run_histories[name]()
+    record = find_record(dataset, loss, weights_version, run_histories)
+    record.check_items(fingerprint_texts(items.sort("item")["itemid"]), "items")
+    history = record.history
     measured = measured_versions.get(weights_version)
     return {
         "dataset": dataset,
         "weights_version": weights_version,
         "sce_pipeline": __version__,
         "model": history["parameters"]["model"],
-        "max_length": history["data_processing"]["max_length"],
+        "max_length": record.max_length,
         "training": history["parameters"],
         "data_processing": history["data_processing"],
         "best_epoch": history["best_epoch"],
+        "n_parameters": sum(values.numel() for values in model_weights.values()),
         "metrics": measured() if measured else None,
     }
 
@@ -67,11 +71,7 @@ def bundle_recommender(
     """
     items = items.sort("item")
     catalogue = Catalogue(items["itemid"].to_list(), items["title"].to_list())
-    facts = {
-        **model_facts,
-        "n_items": len(items),
-        "n_parameters": sum(values.numel() for values in model_weights.values()),
-    }
+    facts = {**model_facts, "n_items": len(items)}
     index = None
     if export.index is not None:
         model = Bundle(model_weights, catalogue, facts, card="").build()

@@ -14,9 +14,11 @@ def create_pipeline() -> Pipeline:
             Node(
                 describe_model,
                 inputs=[
+                    "model_weights",
                     "weights_version",
                     "run_histories",
                     "measured_versions",
+                    "items",
                     "params:dataset",
                     "params:loss",
                 ],

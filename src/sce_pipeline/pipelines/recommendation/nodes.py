@@ -25,15 +25,17 @@ from sce_pipeline.parameters import (
     DataProcessingParameters,
     ItemIds,
     RecommendationParameters,
-    TrainingParameters,
 )
 from sce_pipeline.pipelines.recommendation.frames import Candidates, Histories, tabulate
-from sce_pipeline.provenance import fingerprint
+from sce_pipeline.provenance import fingerprint, fingerprint_texts
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.recommender import Recommender
-from sce_pipeline.recommendation.request import fingerprint_texts, name_request
+from sce_pipeline.recommendation.request import name_request
+from sce_pipeline.training_record import TrainingRecord, find_record
 
 logger = logging.getLogger(__name__)
+
+Partitions = dict[str, Callable[[], Any]]
 
 N_EXAMPLES = 10
 """Unknown ids of a list that are named."""
@@ -45,31 +47,41 @@ class SavedRecommender:
 
     Attributes:
         recommender: The model on its device.
+        record: How it was trained.
         identity: Version and fingerprint of the weights, the model's parameters and its longest
             history.
     """
 
     recommender: Recommender
+    record: TrainingRecord
     identity: dict[str, Any]
 
 
 def load_recommender(
     model_weights: dict[str, torch.Tensor],
     weights_version: str,
-    training: TrainingParameters,
-    data_processing: DataProcessingParameters,
+    run_histories: Partitions,
+    dataset: str,
+    loss: str,
     recommendation: RecommendationParameters,
 ) -> SavedRecommender:
-    """Put the trained model on the device that is to recommend."""
-    model = load_model(training.model, model_weights, data_processing.max_length)
+    """Put the trained model on the device that is to recommend.
+
+    The model is that of the weights' training history, whatever this run would train.
+
+    Raises:
+        ValueError: The training history of these weights is not there.
+    """
+    record = find_record(dataset, loss, weights_version, run_histories)
+    model = load_model(record.model, model_weights, record.max_length)
     identity = {
         "weights_version": weights_version,
         "weights": fingerprint({name: values.numpy() for name, values in model_weights.items()}),
-        "model": training.model.model_dump(mode="json"),
-        "max_length": data_processing.max_length,
+        "model": record.model.model_dump(mode="json"),
+        "max_length": record.max_length,
     }
     device = choose_device(recommendation.accelerator, "recommendation.accelerator")
-    return SavedRecommender(Recommender(model.to(device)), identity)
+    return SavedRecommender(Recommender(model.to(device)), record, identity)
 
 
 def choose_candidates(
@@ -158,10 +170,12 @@ def describe_request(
             f"the model was trained on {n_items:,} items, but the catalogue has "
             f"{len(candidates.items):,}: load the weights that belong to the data, or train again"
         )
+    items = fingerprint_texts(candidates.items["itemid"])
+    recommender.record.check_items(items, "items")
     request = {
         **recommender.identity,
         "recommendation": recommendation.model_dump(mode="json", exclude={"accelerator"}),
-        "items": fingerprint_texts(candidates.items["itemid"]),
+        "items": items,
         "titles": fingerprint_texts(candidates.items["title"]),
         "users": fingerprint_texts(histories.users),
         "data": fingerprint(

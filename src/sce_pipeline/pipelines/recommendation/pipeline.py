@@ -22,8 +22,9 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "model_weights",
                     "weights_version",
-                    "params:training",
-                    "params:data_processing",
+                    "run_histories",
+                    "params:dataset",
+                    "params:loss",
                     "params:recommendation",
                 ],
                 outputs="recommender",

@@ -13,7 +13,7 @@ from sce_pipeline.parameters import (
     EvaluationParameters,
     TrainingParameters,
 )
-from sce_pipeline.provenance import check_stamp, read_stamp
+from sce_pipeline.provenance import ITEM_STAMP, check_stamp, read_item_stamp, read_stamp
 from sce_pipeline.training.fit import fit
 
 Sequences = dict[str, np.ndarray]
@@ -24,10 +24,19 @@ def check_data(
     validation_sequences: Sequences,
     data_processing: DataProcessingParameters,
 ) -> dict[str, Sequences]:
-    """Make sure, before any training, that the sequences are those that this run asks for."""
+    """Make sure, before any training, that the sequences are those that this run asks for.
+
+    Raises:
+        ValueError: They are not, they do not number the same items or do not say which.
+    """
     training_data = {"train": train_sequences, "validation": validation_sequences}
     for sequences in training_data.values():
         check_stamp(sequences, data_processing)
+    if read_item_stamp(train_sequences) != read_item_stamp(validation_sequences):
+        raise ValueError(
+            "train_sequences and validation_sequences number different items; run the pipeline "
+            "data_processing again"
+        )
     return training_data
 
 
@@ -40,4 +49,5 @@ def train_model(
     """Train with the selected loss; returns the best weights and the training history."""
     train, validation = training_data["train"], training_data["validation"]
     weights, history = fit(train, validation, checkpoints, training, evaluation.filter_seen)
-    return weights, {"data_processing": read_stamp(train), **history}
+    made_with = {"data_processing": read_stamp(train), ITEM_STAMP: read_item_stamp(train)}
+    return weights, {**made_with, **history}
