@@ -168,7 +168,7 @@ def mutate(changes):
 broken_files = st.lists(insertions | insertions | cuts, min_size=1, max_size=4).map(mutate)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(broken_files | broken_files | st.binary(max_size=60))
 @example(VALID.replace(b"note", b'no"te').replace(b"u4,i4", b'"u4,i4'))
 @example(VALID.replace(b"1405686606,", b'"14,"').replace(b"1405686608,", b'14,"'))

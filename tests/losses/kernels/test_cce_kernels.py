@@ -133,7 +133,7 @@ def test_a_catalogue_of_one_item_has_no_loss():
 def test_the_same_inputs_give_the_same_bits(dtype):
     results = []
     for _ in range(2):
-        x, w, targets = draw(300, 500, 24, dtype=dtype)
+        x, w, targets = draw(200, 300, 24, dtype=dtype)
         x.requires_grad_()
         w.requires_grad_()
         loss = cut_cross_entropy(x, w, targets, impl="triton")
@@ -159,8 +159,8 @@ def test_a_schedule_leaves_nothing_out(n_own, n_other, processors, monkeypatch):
 def test_however_the_work_is_shared_out(processors, monkeypatch):
     monkeypatch.setattr(kernels, "_processors", lambda device: processors)
     for dtype, tolerance in TOLERANCES.items():
-        assert max(errors(*draw(150, 400, 16, dtype=dtype))) < tolerance
-        assert max(errors(*draw(150, 400, 16, size=40.0, dtype=dtype))) < tolerance
+        assert max(errors(*draw(130, 270, 16, dtype=dtype))) < tolerance
+        assert max(errors(*draw(130, 270, 16, size=40.0, dtype=dtype))) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -257,8 +257,9 @@ def test_nan_goes_through(part, dtype):
     assert cut_cross_entropy(x, w, targets, impl="triton").isnan()
 
 
-@DTYPES
-@pytest.mark.parametrize("skip_mass", [1e-3, 0.1])
+@pytest.mark.parametrize(
+    ("skip_mass", "dtype"), [(1e-3, torch.float32), *((0.1, dtype) for dtype in TOLERANCES)]
+)
 def test_skipped_tiles_cost_no_more_than_the_bound(skip_mass, dtype):
     # Items in groups that belong to the tokens of one place: most tiles have next to no mass.
     generator = torch.Generator().manual_seed(0)
