@@ -11,7 +11,7 @@ run: $(INSTALLED)
 	$(BIN)/kedro run
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "there is no CUDA device"'
