@@ -11,12 +11,12 @@ import pytest
 
 from helpers import ROOT
 from sce_pipeline.datasets.kept_partitions import KeptPartitionsDataset
-from sce_pipeline.datasets.whole_table import WholeTableDataset
+from sce_pipeline.datasets.streamed_table import StreamedTableDataset
 
 
 def make_dataset(folder):
     return KeptPartitionsDataset(
-        path=str(folder), dataset=WholeTableDataset, filename_suffix=".parquet"
+        path=str(folder), dataset=StreamedTableDataset, filename_suffix=".parquet"
     )
 
 
@@ -61,13 +61,14 @@ def test_what_is_there_is_kept_and_not_computed_again(tmp_path, caplog):
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 import polars as pl
-from sce_pipeline.datasets import whole_table
+from sce_pipeline.datasets import streamed_table
 folder = sys.argv[1]
-first, second = (whole_table.WholeTableDataset(filepath=f"{folder}/{n}.parquet") for n in "ab")
+Table = streamed_table.StreamedTableDataset
+first, second = (Table(filepath=f"{folder}/{name}.parquet") for name in "ab")
 first.save(pl.DataFrame({"number": [1]}))
 def kill(descriptor):
     os.kill(os.getpid(), signal.SIGKILL)
-whole_table.os.fsync = kill
+streamed_table.os.fsync = kill
 second.save(pl.DataFrame({"number": [2]}))
 """
 
@@ -88,7 +89,7 @@ def test_a_kill_while_a_partition_is_written_leaves_no_half_of_it(tmp_path):
 
 
 def test_a_table_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    dataset = WholeTableDataset(filepath=str(tmp_path / "new/a.parquet"))
+    dataset = StreamedTableDataset(filepath=str(tmp_path / "new/a.parquet"))
     assert not dataset.exists()
     dataset.save(pl.DataFrame({"number": [1]}))
 

@@ -32,7 +32,7 @@ class NewTableDataset(StreamedTableDataset):
         """
         raise DatasetError(f"{self._filepath} is only written here, never read")
 
-    def save(self, data: pl.LazyFrame) -> None:
+    def save(self, data: pl.DataFrame | pl.LazyFrame) -> None:
         """Write the table.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import polars as pl
 from kedro.io import AbstractDataset, DatasetError
 
 
-class StreamedTableDataset(AbstractDataset["pl.LazyFrame", "pl.LazyFrame"]):
-    """Writes a lazy frame without ever holding all of it, and reads it lazily.
+class StreamedTableDataset(AbstractDataset["pl.DataFrame | pl.LazyFrame", "pl.LazyFrame"]):
+    """Writes a frame, a lazy one without ever holding all of it, and reads it lazily.
 
-    Kedro's LazyPolarsDataset computes the whole frame before it writes.
+    The file appears under its name once it is on the disk. What a killed run leaves ends in
+    ``.unfinished``, and nobody reads it. Kedro's LazyPolarsDataset computes the whole frame before
+    it writes.
 
     Example:
         ::
@@ -42,13 +45,16 @@ class StreamedTableDataset(AbstractDataset["pl.LazyFrame", "pl.LazyFrame"]):
             raise DatasetError(f"There is no {self._filepath}: run what writes it first")
         return pl.scan_parquet(self._filepath, glob=False)
 
-    def save(self, data: pl.LazyFrame) -> None:
+    def save(self, data: pl.DataFrame | pl.LazyFrame) -> None:
         """Write the table, over an older one if need be."""
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._filepath.with_name(f"unfinished_{self._filepath.name}")
+        # Hidden, so that it does not pass for a table of this name.
+        unfinished = self._filepath.with_name(f".{self._filepath.name}.{os.getpid()}.unfinished")
         try:
             with unfinished.open("wb") as stream:  # which is there, or not, when Polars fails
-                data.sink_parquet(stream)
+                data.lazy().sink_parquet(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
             unfinished.replace(self._filepath)
         finally:
             unfinished.unlink(missing_ok=True)
