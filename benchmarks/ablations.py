@@ -18,13 +18,14 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
+from presets import read_presets
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -40,7 +41,6 @@ from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training import fit as fitting
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ROOT / "conf/base/parameters"
 SEEDS = (1235, 37, 2451)
 METRICS = ("ndcg@10", "hr@10", "coverage@10", "surprisal@10")
 
@@ -70,12 +70,12 @@ class CoveredTokens(SCE):
 class SomeNegatives(SCE):
     """Cross-entropy over some negatives of each token, by a mask of tokens × items."""
 
+    @abstractmethod
     def negatives(self, logits: Tensor, hidden: Tensor, item_embeddings: Tensor) -> Tensor:
         """Return which items each token is compared with, bool [tokens, n_items].
 
         A token that is compared with none is left out of the mean.
         """
-        raise NotImplementedError
 
     def _mean_loss(
         self,
@@ -176,7 +176,7 @@ class Variant(NamedTuple):
 
 def build(name: str, kind: type[Loss] | None = None, **values: Any) -> Callable[[], Loss]:
     """Return how to build a loss's preset with other values, or another kind of it."""
-    presets = yaml.safe_load((PRESETS / "losses.yml").read_text())["loss_presets"]
+    presets = read_presets("losses")["loss_presets"]
     values = {**presets[name], **values}
     del values["name"]
     return lambda: (kind or LOSSES[name])(**values)
@@ -224,9 +224,9 @@ def parameters_for(dataset: str, changes: dict[str, Any], seed: int) -> Training
 
     Their loss is one of no meaning: the variant's takes its place.
     """
-    values = yaml.safe_load((PRESETS / "training.yml").read_text())["_training"]
-    presets = yaml.safe_load((PRESETS / "datasets.yml").read_text())["dataset_presets"]
-    model = yaml.safe_load((PRESETS / "models.yml").read_text())["model_presets"]["sasrec"]
+    values = read_presets("training")["_training"]
+    presets = read_presets("datasets")["dataset_presets"]
+    model = read_presets("models")["model_presets"]["sasrec"]
     preset = presets[dataset].get("training", {})
     changes = dict(changes)
     model |= preset.get("model", {})

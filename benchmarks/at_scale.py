@@ -16,11 +16,10 @@ import statistics
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from presets import read_loss, read_presets
 
 from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model
@@ -31,14 +30,8 @@ from sce_pipeline.synthetic.protocols import measure_best
 from sce_pipeline.synthetic.world import World
 from sce_pipeline.training.fit import fit
 
-PRESETS = Path(__file__).parents[1] / "conf/base/parameters"
 USERS_AT_ONCE = 16_384
 Arrays = dict[str, np.ndarray]
-
-
-def read_presets(name: str) -> Any:
-    """Return the values of a file of parameters."""
-    return yaml.safe_load((PRESETS / f"{name}.yml").read_text())
 
 
 def plant(arguments: argparse.Namespace) -> World:
@@ -98,14 +91,11 @@ def hold_out(items: np.ndarray, offsets: np.ndarray, n_users: int, back: int) ->
 
 
 def parameters_for(arguments: argparse.Namespace, loss: str) -> TrainingParameters:
-    """Return the project's defaults with a loss, written as ``name:parameter=value,…``."""
-    name, _, changes = loss.partition(":")
-    preset = read_presets("losses")["loss_presets"][name]
-    preset |= yaml.safe_load("\n".join(changes.replace("=", ": ").split(","))) or {}
+    """Return the project's defaults with a loss, as ``read_loss`` takes it."""
     values = read_presets("training")["_training"]
     model = read_presets("models")["model_presets"]["sasrec"]
     model |= {"hidden_size": arguments.hidden_size, "dropout": arguments.dropout}
-    values |= {"seed": arguments.seed, "loss": preset, "model": model}
+    values |= {"seed": arguments.seed, "loss": read_loss(loss), "model": model}
     values |= {"batch_size": arguments.batch_size, "max_epochs": arguments.epochs}
     return TrainingParameters.model_validate(values)
 

@@ -21,11 +21,10 @@ import tempfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from presets import read_loss, read_presets
 
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
 from sce_pipeline.evaluation.rankers import rank_with_model
@@ -34,7 +33,6 @@ from sce_pipeline.models import Backbone, Packing, load_model
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.fit import fit
 
-PRESETS = Path(__file__).parents[1] / "conf/base/parameters"
 WORD = re.compile(r"\w+|[^\w\s]")
 TEST_SHARE = 20
 """One file in so many is for the test, another for validation."""
@@ -121,19 +119,11 @@ def perplexity(model: Backbone, exact: Loss, test: Arrays) -> float:
     return math.exp(total / n_words)
 
 
-def read_presets(name: str) -> Any:
-    """Return the values of a file of parameters."""
-    return yaml.safe_load((PRESETS / f"{name}.yml").read_text())
-
-
 def parameters_for(arguments: argparse.Namespace, loss: str) -> TrainingParameters:
-    """Return the project's defaults with a loss, written as ``name:parameter=value,…``."""
-    name, _, changes = loss.partition(":")
-    preset = read_presets("losses")["loss_presets"][name]
-    preset |= yaml.safe_load("\n".join(changes.replace("=", ": ").split(","))) or {}
+    """Return the project's defaults with a loss, as ``read_loss`` takes it."""
     values = read_presets("training")["_training"]
     size = {"hidden_size": arguments.hidden_size, "n_blocks": 4, "n_heads": 4, "dropout": 0.1}
-    values |= {"seed": arguments.seed, "loss": preset, "model": {"name": "sasrec", **size}}
+    values |= {"seed": arguments.seed, "loss": read_loss(loss), "model": {"name": "sasrec", **size}}
     values |= {"batch_size": arguments.batch_size, "max_epochs": arguments.epochs}
     return TrainingParameters.model_validate(values)
 

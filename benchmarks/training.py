@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from presets import read_presets
 
 from sce_pipeline.models import Packing, build_model
 from sce_pipeline.parameters import TrainingParameters
@@ -31,7 +31,6 @@ from sce_pipeline.training.encoder import Encoder, ReplayedEncoder
 from sce_pipeline.training.fit import fit
 
 MAX_LENGTH = 200
-PRESETS = Path(__file__).parents[1] / "conf/base/parameters"
 
 
 def synthetic_log(
@@ -63,8 +62,8 @@ def synthetic_log(
 
 def parameters_for(arguments: argparse.Namespace) -> TrainingParameters:
     """Return the project's defaults with what the command line says."""
-    values: dict[str, Any] = yaml.safe_load((PRESETS / "training.yml").read_text())["_training"]
-    losses = yaml.safe_load((PRESETS / "losses.yml").read_text())["loss_presets"]
+    values: dict[str, Any] = read_presets("training")["_training"]
+    losses = read_presets("losses")["loss_presets"]
     values["model"] = {
         "name": "sasrec",
         "hidden_size": arguments.hidden_size,
