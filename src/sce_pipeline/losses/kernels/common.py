@@ -77,8 +77,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             launch(kernel, grid, *arguments, **constants)
         return
     place = (device, *key)
-    if place in _compiled:
-        run, what, last_values = _compiled[place]
+    known = _compiled.get(place)
+    if known is not None:
+        run, what, last_values = known
         stream = driver.active.get_current_stream(device)
         run(*(*grid, 1, 1)[:3], stream, *what, *values, *last_values)
         return
