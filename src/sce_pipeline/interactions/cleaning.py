@@ -7,7 +7,14 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.columns import ROW, as_found, identifiers, require_columns
+from sce_pipeline.interactions.columns import (
+    ROW,
+    WHITE_SPACE,
+    as_found,
+    identifiers,
+    require_columns,
+)
+from sce_pipeline.interactions.engines import spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.rejections import KEPT, describe, explain, fate, set_aside
 from sce_pipeline.interactions.reports import Report, collect_rows, counts
@@ -67,12 +74,13 @@ def clean_interactions(
         raw_item=as_found(log, columns.item),
         row=nw.col(ROW).cast(nw.Int64),
         spans_lines=_spans_lines(log, set(roles.values())),
-        **read_timestamps(log, columns.timestamp),
+        timestamp=nw.col(columns.timestamp),
     )
+    read = spill(read_timestamps(read, "timestamp", columns.timestamp))
     raw, unit = _survey(read)
     if raw["rows"] == 0:
         raise InteractionsError(f"{table} has no rows")
-    labelled = read.with_columns(**to_microseconds(unit)).with_columns(fate=fate())
+    labelled = to_microseconds(read, unit).with_columns(fate=fate())
     fates = _tally(labelled)
     dropped = describe(labelled, fates)
     if KEPT not in fates:
@@ -120,7 +128,7 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
 def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, dict[str, Any]]:
     """Count the rows of each fate, in one pass over the log."""
     tallies = (
-        labelled.with_columns(**_doubts())
+        labelled.with_columns(**{doubt: is_so.cast(nw.Int64) for doubt, is_so in _doubts().items()})
         .group_by("fate")
         .agg(
             rows=nw.len(),
@@ -143,7 +151,7 @@ def _doubts() -> dict[str, nw.Expr]:
         return in_user | in_item
 
     return {
-        "space around an id": either(lambda text: text != text.str.strip_chars()),
+        "space around an id": either(lambda text: text != text.str.strip_chars(WHITE_SPACE)),
         "id that says it is missing": either(lambda text: text.is_in(_NAMES_OF_NOTHING)),
         ZERO_TIMESTAMP: nw.col("number").fill_null(1.0) == 0,
         "line break in another column, where a misplaced quote may hide rows": nw.col(

@@ -6,6 +6,7 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
+from sce_pipeline.interactions.engines import hold
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.reports import Report, collect_rows, counts
 from sce_pipeline.parameters import Filters
@@ -41,8 +42,7 @@ def filter_interactions(
         # Items go first: a pass that drops no user leaves every item the users it was kept for.
         if not filters.iterate or tallies["brief"]["rows"] == 0:
             break
-        if pairs.implementation.is_polars():  # or every pass would compute all before it again
-            pairs = pairs.collect().lazy()
+        pairs = hold(pairs)  # or every pass would compute all before it again
     stay = interactions.join(pairs.select("user", "item"), on=["user", "item"], how="semi")
     report = {
         "kept": counts(kept),
@@ -58,7 +58,7 @@ def filter_interactions(
 def _label(pairs: nw.LazyFrame[Any], filters: Filters) -> nw.LazyFrame[Any]:
     """Say of each distinct pair whether one pass keeps it, or which threshold is against it."""
     is_rare = nw.len().over("item") < filters.min_users_per_item
-    n_items = (~nw.col("is_rare")).sum().over("user")
+    n_items = (~nw.col("is_rare")).cast(nw.Int64).sum().over("user")
     fate = (
         nw.when(nw.col("is_rare"))
         .then(nw.lit("rare"))

@@ -11,11 +11,12 @@ from typing import Any
 import narwhals.stable.v2 as nw
 import numpy as np
 
+from sce_pipeline.interactions.engines import spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.parts import CONTEXT, IN_TIME, PARTS, TEST, TRAIN, VALIDATION
 from sce_pipeline.interactions.reports import Report, collect_rows, counts
 from sce_pipeline.interactions.split_checks import check_parts, check_size
-from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND
+from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND, at
 from sce_pipeline.parameters import LeaveOneOutSplit, TemporalSplit
 
 _ROWS_FOR_TEST, _ROWS_FOR_VALIDATION = 2, 3
@@ -53,6 +54,7 @@ def split_interactions(
         cuts = _find_cuts(interactions, split)
         labelled = _temporal_disjoint(interactions, cuts[TEST])
 
+    labelled = spill(labelled)
     tallies = _tally(labelled, cuts)
     check_parts(tallies, split, cuts)
     report = {
@@ -92,7 +94,7 @@ def _leave_one_out(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
 def _temporal_disjoint(log: nw.LazyFrame[Any], cut: datetime) -> nw.LazyFrame[Any]:
     """Users seen after the cut are held out whole, and start anew there (the SCE paper's split)."""
     is_after, is_known = nw.col("is_after"), nw.col("is_known")
-    log = log.with_columns(is_after=nw.col("timestamp") >= nw.lit(cut))
+    log = log.with_columns(is_after=nw.col("timestamp") >= at(cut))
     log = log.with_columns(is_train=~is_after.any().over("user"))
     log = log.with_columns(is_known=nw.col("is_train").any().over("item"))
     log = _number(log.with_columns(is_candidate=is_after & is_known), "user", "is_candidate")
@@ -121,8 +123,8 @@ def _temporal_all(
     """Everybody's past trains; the last row before and after the test cut are the targets."""
     is_train, is_known, is_test = nw.col("is_train"), nw.col("is_known"), nw.col("is_test")
     log = log.with_columns(
-        is_train=nw.col("timestamp") < nw.lit(validation_cut),
-        is_test=nw.col("timestamp") >= nw.lit(test_cut),
+        is_train=nw.col("timestamp") < at(validation_cut),
+        is_test=nw.col("timestamp") >= at(test_cut),
     )
     log = log.with_columns(is_known=is_train.any().over("item"))
     log = _number(log, "user", "is_known")
@@ -190,16 +192,20 @@ def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, 
     )
     is_late = (nw.col("n_so_far") > nw.col("first_target")).fill_null(False)
     if cuts:
-        is_late = is_late | (nw.col("timestamp") >= nw.lit(min(cuts.values())))
+        is_late = is_late | (nw.col("timestamp") >= at(min(cuts.values())))
     by_part = (
-        checked.with_columns(is_leak=is_train & is_late, is_unseen=~nw.col("is_seen"))
+        checked.with_columns(
+            leaks=(is_train & is_late).cast(nw.Int64),
+            unseen=(~nw.col("is_seen")).cast(nw.Int64),
+            without_history=nw.col("without_history").cast(nw.Int64),
+        )
         .group_by("part")
         .agg(
             rows=nw.len(),
             users=nw.col("user").n_unique(),
             items=nw.col("item").n_unique(),
-            leaks=nw.col("is_leak").sum(),
-            unseen=nw.col("is_unseen").sum(),
+            leaks=nw.col("leaks").sum(),
+            unseen=nw.col("unseen").sum(),
             without_history=nw.col("without_history").sum(),
         )
     )
