@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
+from omegaconf import OmegaConf
 
 from helpers import ROOT
 from ranks import Ranks
@@ -79,3 +80,26 @@ def three_ranks(tmp_path_factory):
     ranks = Ranks(3, tmp_path_factory.mktemp("ranks") / "store")
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def spark():
+    """Spark in this process, with the project's options and others that suit small data."""
+    pytest.importorskip("pyspark", reason="the extra spark is not installed")
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("Spark needs Java")
+    from pyspark.sql import SparkSession  # noqa: PLC0415
+
+    options = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/spark/spark.yml"))
+    quick = {
+        "spark.driver.memory": "1g",
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+        "spark.sql.adaptive.enabled": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.shuffle.partitions": "2",
+        "spark.ui.enabled": "false",
+    }
+    session = SparkSession.builder.master("local[2]").config(map=options | quick).getOrCreate()
+    yield session
+    session.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from kedro.config import MissingConfigException
@@ -31,8 +32,17 @@ class SparkHooks:
 
         What is not in the options, the master first of all, is up to ``spark-submit`` and Spark's
         own defaults.
+
+        Raises:
+            ModuleNotFoundError: Spark is not installed.
         """
-        if self._options is None or not _uses_spark(pipeline, catalog):
+        if self._options is None:
+            return
+        if find_spec("pyspark") is None:
+            raise ModuleNotFoundError(
+                "The environment needs Spark: pip install 'sce-pipeline[spark]', and Java"
+            )
+        if not _uses_spark(pipeline, catalog):
             return
         from pyspark.sql import SparkSession  # noqa: PLC0415
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets.spark import SparkDatasetV2
+from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from sce_pipeline.datasets.raw_table import RawTableDataset
@@ -96,13 +96,10 @@ def _number_rows(table: DataFrame) -> DataFrame:
     if ROW in table.columns:
         raise DatasetError(f"rename the column {ROW!r}, here the name of row numbers")
     file, place = F.col("_metadata.file_path"), F.col("_metadata.row_index")
-    ends = table.groupBy(file.alias("_file")).agg(F.max(place).alias("last")).orderBy("_file")
-    files = ends.collect()
-    starts = [0, *accumulate(file["last"] + 1 for file in files)]
-    offsets = table.sparkSession.createDataFrame(
-        [(file["_file"], start) for file, start in zip(files, starts, strict=False)],
-        "_file string, _start bigint",
+    files = table.groupBy(file.alias("_file")).agg((F.max(place) + 1).alias("_rows"))
+    before = Window.orderBy("_file").rowsBetween(Window.unboundedPreceding, -1)
+    starts = files.select(
+        "_file", F.coalesce(F.sum("_rows").over(before), F.lit(0)).alias("_start")
     )
-    placed = table.withColumns({"_file": file, "_place": place})
-    numbered = placed.join(F.broadcast(offsets), "_file")
-    return numbered.select(*table.columns, (F.col("_start") + F.col("_place")).alias(ROW))
+    placed = table.withColumns({"_file": file, "_place": place}).join(F.broadcast(starts), "_file")
+    return placed.select(*table.columns, (F.col("_start") + F.col("_place")).alias(ROW))

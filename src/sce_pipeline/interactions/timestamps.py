@@ -24,6 +24,8 @@ _YEAR_9999 = (datetime(9999, 12, 31, 23, 59, 59, 999999) - EPOCH) // MICROSECOND
 
 _DAYS_TO_EPOCH = EPOCH.toordinal()
 
+_NAMES_OF_UTC = ("UTC", "Etc/UTC")
+
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
 _LEAP_YEAR = r"(?:[0-9][0-9](?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
 _DAY = (
@@ -95,15 +97,19 @@ def read_timestamps(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFr
         return _read_text(log.with_columns(raw=found.cast(nw.String)))
     if dtype.is_numeric():
         number = found.cast(nw.Float64)
+        is_missing = number.is_null() | number.is_nan().fill_null(False)
+        text = spell_float(found) if dtype.is_float() else found.cast(nw.String)
         return log.with_columns(
-            raw=spell_float(found) if dtype.is_float() else found.cast(nw.String),
-            is_missing=number.is_null() | number.is_nan().fill_null(False),
+            raw=nw.when(~is_missing).then(text),
+            is_missing=is_missing,
             number=_finite(number),
             is_date=nw.lit(False),
             date=nw.lit(0, nw.Int64),
         )
     if isinstance(dtype, nw.Datetime) and dtype.time_zone is not None:
-        found = found.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        if dtype.time_zone not in _NAMES_OF_UTC:  # which is not a change that DuckDB can make
+            found = found.dt.convert_time_zone("UTC")
+        found = found.dt.replace_time_zone(None)
     if dtype in (nw.Date, nw.Datetime):
         return _read_moments(log.with_columns(moment=found))
     raise InteractionsError(
@@ -118,14 +124,16 @@ def _read_moments(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
         is_missing=moment.is_null(),
         is_date=moment.dt.year().is_between(1, 9999).fill_null(False),
     )
-    log = log.with_columns(moment=nw.when(is_date).then(moment).cast(nw.Datetime("us")))
+    log = log.with_columns(
+        moment=nw.when(is_date).then(moment).cast(nw.Datetime("us")).fill_null(_epoch())
+    )
     outside = nw.lit("a date outside the years 1 to 9999")
     return log.with_columns(
         raw=nw.when(~nw.col("is_missing")).then(
             nw.when(is_date).then(_spell_moment(moment)).otherwise(outside)
         ),
         number=nw.lit(None, nw.Float64),
-        date=_since_epoch(moment).fill_null(0).cast(nw.Int64),
+        date=_since_epoch(moment).cast(nw.Int64),
     )
 
 
@@ -165,15 +173,19 @@ def to_datetime(microseconds: nw.Expr) -> nw.Expr:
     seconds = microseconds // 1_000_000
     days = seconds // 86_400
     return (
-        nw.lit(EPOCH.date()).cast(nw.Datetime("us"))
+        _epoch()
         + days * nw.lit(timedelta(days=1))
         + (seconds - days * 86_400) * nw.lit(timedelta(seconds=1))
         + (microseconds - seconds * 1_000_000) * nw.lit(MICROSECOND)
     )
 
 
+def _epoch() -> nw.Expr:
+    return nw.lit(EPOCH.date()).cast(nw.Datetime("us"))  # a literal with a time may have a zone
+
+
 def at(moment: datetime) -> nw.Expr:
-    """The same moment on every engine, also where a literal would be one of a time zone."""
+    """A moment as a literal, the same one on every engine."""
     return to_datetime(nw.lit((moment - EPOCH) // MICROSECOND, nw.Int64))
 
 
