@@ -145,15 +145,14 @@ class VersionHooks:
 
 
 def _join_versions(weights: Any, history: Any) -> None:
-    """Let weights and training history load in one version, that of the weights."""
+    """Let the training history load in the version of the weights, which is settled by this."""
     version, asked = weights.resolve_load_version(), history._version.load
     if asked not in (None, version):
         raise ValueError(
             f"training_history is asked for in the version {asked}, but model_weights load in "
             f"{version}: name the weights alone, with --load-versions model_weights:<version>"
         )
-    for dataset in (weights, history):
-        dataset._version = Version(version, dataset._version.save)
+    history._version = Version(version, history._version.save)
     if not history.exists():
         raise FileNotFoundError(
             f"there is no training history of the weights {version}, without which their model is "
