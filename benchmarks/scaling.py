@@ -191,7 +191,9 @@ def run(
     clear(ranks)
     # Patience is for runs that are to end early; these have as many epochs as they are given.
     parameters = parameters.model_copy(update={"patience": parameters.max_epochs})
-    task = Task(*log, folder / "run", {"training": parameters.model_dump()}, parameters, True)
+    task = Task(
+        *log, folder / "run", {"training": parameters.model_dump(mode="json")}, parameters, True
+    )
     task.folder.mkdir(exist_ok=True)
     _, history = train(ranks, task)
     peaks = gather(peak_memory(ranks.device))
