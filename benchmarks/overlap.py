@@ -65,7 +65,7 @@ def shares(exchanges: list[Interval], others: list[Interval]) -> dict[str, float
 
 
 def trace(trainer: Trainer, n_steps: int) -> dict[str, float]:
-    """Take steps with the profiler on, and return the ``shares`` of one in seconds.
+    """Take steps with the profiler on; return their number and the ``shares`` of one, seconds.
 
     All ranks must call it. On a CPU the trace holds PyTorch's operators, the times of which say
     little: it is there so that all of this runs anywhere.
@@ -83,7 +83,8 @@ def trace(trainer: Trainer, n_steps: int) -> dict[str, float]:
     # The same steps as will be traced: their shapes are recorded and their kernels compiled.
     take(trainer, SKIPPED_STEPS + n_steps)
     traced(trainer, 1)  # the first trace of a process takes seconds to begin
-    return {name: seconds / n_steps for name, seconds in shares(*traced(trainer, n_steps)).items()}
+    found = shares(*traced(trainer, n_steps))
+    return {"steps": n_steps, **{name: seconds / n_steps for name, seconds in found.items()}}
 
 
 def take(trainer: Trainer, n_steps: int) -> None:
@@ -118,6 +119,8 @@ def traced(trainer: Trainer, n_steps: int) -> tuple[list[Interval], list[Interva
             exchanges.append(within)
         elif not event.is_user_annotation:
             others.append(within)
+    if not others:
+        raise RuntimeError(f"the profiler's trace of rank {trainer.ranks.rank} is empty")
     if trainer.ranks.world > 1:
         if not exchanges:
             raise RuntimeError(f"expected exchanges in the trace, named {' or '.join(EXCHANGES)}…")

@@ -17,7 +17,8 @@ Its parts:
     sharded        a step of exact CCE on a table spread over the devices, beside its floor
     killed         what a rank that is killed does to the others, and how the run goes on
 
-Every result is printed and written, a line of JSON each, as soon as it is there.
+Every result is printed and written, a line of JSON each, as soon as it is there. A file of results
+is added to; of what it has twice, the tables tell the last.
 """
 
 from __future__ import annotations
@@ -115,7 +116,6 @@ def communication(ranks: Ranks, arguments: argparse.Namespace, log: Pair) -> Non
             devices=ranks.world,
             batch=batch,
             batch_size=size,
-            steps=arguments.steps,
             **{key: [each[key] for each in found] for key in found[0]},
         )
 
@@ -191,9 +191,8 @@ def run(
     clear(ranks)
     # Patience is for runs that are to end early; these have as many epochs as they are given.
     parameters = parameters.model_copy(update={"patience": parameters.max_epochs})
-    task = Task(
-        *log, folder / "run", {"training": parameters.model_dump(mode="json")}, parameters, True
-    )
+    identity = {"training": parameters.model_dump(mode="json")}
+    task = Task(*log, folder / "run", identity, parameters, True)
     task.folder.mkdir(exist_ok=True)
     _, history = train(ranks, task)
     peaks = gather(peak_memory(ranks.device))
@@ -246,10 +245,9 @@ def kill(arguments: argparse.Namespace, log: Pair, device: torch.device, count: 
 
 def draw_logs(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the sequences that the parts train on."""
-    logs = {}
+    logs: dict[str, Any] = {}
     if {"parallel", "communication", "killed"} & set(arguments.parts):
-        sizes = arguments.users, arguments.items, arguments.interactions
-        log = synthetic_log(*sizes)
+        log = synthetic_log(arguments.users, arguments.items, arguments.interactions)
         logs = {"parallel": log, "communication": log, "killed": log}
     if "quality" in arguments.parts:
         logs["quality"] = quality_log(arguments)
@@ -287,7 +285,7 @@ def measure(arguments: argparse.Namespace) -> bool:
     )
     logs = draw_logs(arguments)
     failed = False
-    for count in arguments.devices:
+    for count in arguments.devices if arguments.parts != ["killed"] else []:
         failed |= not attempt(arguments, count, launch, count, device, measure_on, arguments, logs)
     several = [count for count in arguments.devices if count > 1]
     if "killed" in arguments.parts and several:
