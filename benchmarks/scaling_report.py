@@ -131,7 +131,7 @@ def table_of_quality(records: list[Record]) -> Iterable[Record]:
         mean, deviation = statistics.mean(own.values()), deviation_of(own.values())
         difference = mean - statistics.mean(first.values())
         pooled = math.sqrt((deviation**2 + deviation_of(first.values()) ** 2) / 2)
-        compared = count != counts[0]
+        compared = count != counts[0] and not math.isnan(pooled)
         yield {
             "devices": count,
             "seeds": len(own),

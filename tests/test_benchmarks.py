@@ -92,6 +92,8 @@ def test_quality_that_differs_by_more_than_seeds_do_is_told(benchmark_module):
     assert [row["within it"] for row in rows] == ["", "yes", "no"]
     assert rows[0]["NDCG@10"] == "0.1100 ± 0.0100"
     assert rows[2]["against 1"] == "+0.0300"
+    single = [record for record in records if record["seed"] == 0]
+    assert [row["within it"] for row in report.table_of_quality(single)] == ["", "", ""]
 
 
 def test_a_process_that_was_killed_is_not_alive_even_before_it_is_waited_for(benchmark_module):
