@@ -31,6 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,19 @@ def communication(ranks: Ranks, arguments: argparse.Namespace, log: Pair) -> Non
 
 
 def quality(ranks: Ranks, arguments: argparse.Namespace, log: Pair) -> None:
-    """Train with every seed and the same batch in all."""
+    """Train with every seed and the same batch in all, on several ranks with either table."""
     values = values_for(arguments, ranks.world, arguments.batch_in_all, arguments.quality_epochs)
-    for seed in SEEDS[: arguments.seeds]:
-        history, _ = run(ranks, log, parameters_for(values, seed=seed), arguments.folder)
+    tables = ["replicated", "sharded"] if ranks.world > 1 else ["replicated"]
+    for table, seed in product(tables, SEEDS[: arguments.seeds]):
+        changes = {"seed": seed, "item_table": table}
+        history, _ = run(ranks, log, parameters_for(values, **changes), arguments.folder)
         best = history["epochs"][history["best_epoch"] - 1]
         say(
             arguments,
             ranks,
             part="quality",
             devices=ranks.world,
+            item_table=table,
             seed=seed,
             batch_size=arguments.batch_in_all,
             best_epoch=history["best_epoch"],

@@ -26,12 +26,16 @@ def print_line(record: Record) -> None:
     print(f"[{record['at']:6.1f} s] {record['part']}: {', '.join(plain)}", flush=True)
 
 
+KEYS = ("part", "devices", "batch", "item_table", "seed", "what")
+"""What tells results apart."""
+
+
 def read(results: Path) -> dict[str, list[Record]]:
     """Return the results of each part; of what was measured again, the last."""
     found: dict[tuple[Any, ...], Record] = {}
     for line in results.read_text().splitlines():
         record = json.loads(line)
-        key = tuple(record.get(name) for name in ("part", "devices", "batch", "seed", "what"))
+        key = tuple(record.get(name) for name in KEYS)
         found[key] = record
     parts: dict[str, list[Record]] = {}
     for record in found.values():
@@ -120,24 +124,25 @@ def table_of_communication(records: list[Record]) -> Iterable[Record]:
 
 
 def table_of_quality(records: list[Record]) -> Iterable[Record]:
-    """Yield mean and deviation of each number of devices, and their difference from the least."""
-    counts = sorted({record["devices"] for record in records})
-    values: dict[int, dict[int, float]] = {count: {} for count in counts}
+    """Yield mean and deviation of each way to train, and their difference from the first."""
+    ways = sorted({(record["devices"], record["item_table"]) for record in records})
+    values: dict[tuple[int, str], dict[int, float]] = {way: {} for way in ways}
     for record in records:
-        values[record["devices"]][record["seed"]] = record["ndcg@10"]
-    first = values[counts[0]]
-    for count in counts:
-        own = values[count]
+        values[record["devices"], record["item_table"]][record["seed"]] = record["ndcg@10"]
+    first = values[ways[0]]
+    for way in ways:
+        own = values[way]
         mean, deviation = statistics.mean(own.values()), deviation_of(own.values())
         difference = mean - statistics.mean(first.values())
         pooled = math.sqrt((deviation**2 + deviation_of(first.values()) ** 2) / 2)
-        compared = count != counts[0] and not math.isnan(pooled)
+        compared = way != ways[0] and not math.isnan(pooled)
         yield {
-            "devices": count,
+            "devices": way[0],
+            "item table": way[1],
             "seeds": len(own),
             "NDCG@10": f"{mean:.4f} ± {deviation:.4f}",
             "each": ", ".join(f"{own[seed]:.4f}" for seed in sorted(own)),
-            f"against {counts[0]}": f"{difference:+.4f}" if compared else "",
+            f"against {ways[0][0]}": f"{difference:+.4f}" if compared else "",
             "a deviation": f"{pooled:.4f}" if compared else "",
             "within it": ("yes" if abs(difference) <= pooled else "no") if compared else "",
         }

@@ -45,13 +45,15 @@ def test_scaling_measures_its_parts_on_two_ranks(tmp_path):
     records = [json.loads(line) for line in results.read_text().splitlines()]
     found = [record["part"] for record in records]
     twice = ["parallel", "parallel"], ["communication", "communication"]
-    assert found == ["machine", *twice[0], "quality", "sharded", *twice[1], "took"]
+    qualities = ["quality", "quality"]
+    assert found == ["machine", *twice[0], *qualities, "sharded", *twice[1], "took"]
+    assert [record["item_table"] for record in records[3:5]] == ["replicated", "sharded"]
     each, in_all = records[1:3]
     assert (each["batch_size"], in_all["batch_size"]) == (16, 12)
     for record in (each, in_all):
         assert record["tokens_per_second"] == record["all_tokens_per_second"][1] > 0
         assert len(record["peaks"]) == 2
-    for record in records[5:7]:
+    for record in records[6:8]:
         steps, exposed, exchanges = (np.array(record[k]) for k in ("step", "exposed", "exchanges"))
         assert np.all((exposed <= exchanges) & (exchanges <= steps) & (exchanges > 0))
     for part in parts.split(","):
@@ -84,7 +86,7 @@ def test_quality_that_differs_by_more_than_seeds_do_is_told(benchmark_module):
     report = benchmark_module("scaling_report")
     seeds = {1: (0.10, 0.11, 0.12), 2: (0.105, 0.115, 0.12), 4: (0.13, 0.14, 0.15)}
     records = [
-        {"devices": devices, "seed": seed, "ndcg@10": value}
+        {"devices": devices, "item_table": "replicated", "seed": seed, "ndcg@10": value}
         for devices, values in seeds.items()
         for seed, value in enumerate(values)
     ]
