@@ -5,7 +5,8 @@
     python benchmarks/losses.py --plot results.json figure.png   # anywhere, with '.[benchmarks]'
 
 Hidden states are random normal, the item table is scaled by 0.7/√d, targets are uniform. Times are
-medians of CUDA events, or of a few runs where one takes long; the peak is what is allocated above
+medians of CUDA events, or of a few runs where one takes long, and of replays of the step as a CUDA
+graph, which is how training runs it where it can; the peak is what is allocated above
 the inputs. The floor is the larger of two times: the products that the loss cannot do without, at
 the rate of a large product of bfloat16, and its inputs and gradients, each moved once, at the rate
 of a large copy; both rates are measured in the same run. A peer that is not installed is left out,
@@ -61,6 +62,7 @@ class Entry(NamedTuple):
         exact: Whether it is the cross-entropy over all items.
         operations: Floating-point operations it cannot do without.
         dtype: Of the hidden states and the table.
+        replays: Whether it is timed as a CUDA graph too, as training has it.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Entry(NamedTuple):
     exact: bool
     operations: float
     dtype: torch.dtype = torch.bfloat16
+    replays: bool = True
 
 
 WORKS = [
@@ -132,11 +135,11 @@ def entries(work: Work) -> list[Entry]:
     found = [
         Entry("CCE", cce(impl="triton"), True, full),
         Entry("CCE, float32", cce(impl="triton"), True, full, torch.float32),
-        Entry("CCE in PyTorch, float32", cce(impl="torch"), True, full, torch.float32),
-        Entry("CE, PyTorch", ours("ce"), True, full),
-        Entry("CE, PyTorch, float32", ours("ce"), True, full, torch.float32),
+        Entry("CCE in PyTorch, float32", cce(impl="torch"), True, full, torch.float32, False),
+        Entry("CE, PyTorch", ours("ce"), True, full, replays=False),
+        Entry("CE, PyTorch, float32", ours("ce"), True, full, torch.float32, False),
     ]
-    found += [Entry(name, loss, True, full) for name, loss in peers().items()]
+    found += [Entry(name, loss, True, full, replays=False) for name, loss in peers().items()]
     for n_negatives in (256, 1023):
         loss = ours("cce_minus", n_negatives=n_negatives, shared="token", **minus)
         found.append(Entry(f"CCE⁻ {n_negatives}", loss, False, 8.0 * tokens * n_negatives * d))
@@ -147,23 +150,22 @@ def entries(work: Work) -> list[Entry]:
     loss = ours("ce_minus", log_correction=False, **sequence)
     found.append(Entry("CE⁻ 1024, in a sequence", loss, False, of_1024))
     loss = ours("ce_minus", log_correction=False, **{**sequence, "impl": "torch"})
-    found.append(Entry("CE⁻ 1024, in a sequence, PyTorch", loss, False, of_1024))
+    found.append(Entry("CE⁻ 1024, in a sequence, PyTorch", loss, False, of_1024, replays=False))
     loss = ours("bce", n_negatives=256, shared="token", **sampled)
     found.append(Entry("BCE 256", loss, False, of_1024 / 4))
     loss = ours("bce", n_negatives=256, shared="token", exclude="target", impl="torch")
-    found.append(Entry("BCE 256, PyTorch", loss, False, of_1024 / 4))
+    found.append(Entry("BCE 256, PyTorch", loss, False, of_1024 / 4, replays=False))
     loss = ours("gbce", n_negatives=256, shared="token", t=0.75, **sampled)
     found.append(Entry("gBCE 256", loss, False, of_1024 / 4))
 
     n_buckets = BUCKETS.get(work, math.isqrt(4 * tokens))
     shape = {"n_buckets": n_buckets, "bucket_size_x": n_buckets, "bucket_size_y": 256}
     in_buckets = 8.0 * n_buckets**2 * 256 * d + 2.0 * n_buckets * (tokens + items) * d
-    for impl in ("triton", "torch"):
-        loss = ours("sce", **shape, mix_x=False, impl=impl)
-        name = f"SCE {n_buckets}/{n_buckets}/256"
-        found.append(
-            Entry(name + (", PyTorch" if impl == "torch" else ""), loss, False, in_buckets)
-        )
+    name = f"SCE {n_buckets}/{n_buckets}/256"
+    loss = ours("sce", **shape, mix_x=False, impl="triton")
+    found.append(Entry(name, loss, False, in_buckets))
+    loss = ours("sce", **shape, mix_x=False, impl="torch")
+    found.append(Entry(f"{name}, PyTorch", loss, False, in_buckets, replays=False))
     automatic = math.isqrt(12 * min(tokens, items)), 1, 4
     chunks, extra, rounds = RECE_SETTINGS.get(work, automatic)
     projected = 2.0 * rounds * chunks * (tokens + items) * d
@@ -258,6 +260,8 @@ def measure(entry: Entry, work: Work, rates: tuple[float, float]) -> dict[str, A
         row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6 if CUDA else 0.0
         row["ms"] = milliseconds(step)
         _paces[entry.name] = row["ms"] / entry.operations
+        if CUDA and entry.replays and row["ms"] < SLOW_MS:
+            row["replayed_ms"] = milliseconds(recorded(step))
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"
         return row
@@ -272,6 +276,15 @@ def measure(entry: Entry, work: Work, rates: tuple[float, float]) -> dict[str, A
         step()
         row |= errors(hidden, table, targets)
     return row
+
+
+def recorded(step: Callable[[], Any]) -> Callable[[], None]:
+    """Return what replays a step, which ran before, without the host taking part in it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    return graph.replay
 
 
 LARGEST_CHECKED = 25_600 * 173_511
@@ -369,7 +382,9 @@ def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
     if "failed" in row:
         return f"{row['loss']:34} {row['failed']}"
-    text = f"{row['loss']:34} {row['ms']:9.3f} ms {row['peak_mb']:10,.1f} MB"
+    text = f"{row['loss']:34} {row['ms']:9.3f} ms"
+    text += f" {row['replayed_ms']:9.3f} ms replayed" if "replayed_ms" in row else " " * 22
+    text += f" {row['peak_mb']:10,.1f} MB"
     text += f" {row['floor_ms'] / row['ms']:6.0%} of the floor {row['floor_ms']:.2f} ms"
     if "error_hidden" in row:
         text += f"  errors {row['error_hidden']:.1e} {row['error_table']:.1e}"

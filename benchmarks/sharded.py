@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,47 +155,72 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rates = ceilings(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    work = Work(arguments.items, arguments.hidden_size, arguments.tokens, device)
-    for _ in range(2):  # Triton compiles in the first, and Adam's state comes to be
-        work.step()
-    steps = [work.step() for _ in range(arguments.steps)]
-    peak = torch.tensor([peak_memory(device)], device=device)
-    peaks = gather_rows(peak, [1] * dist.get_world_size()).tolist()
+    sizes = arguments.items, arguments.hidden_size, arguments.tokens
+    found = measure(*sizes, arguments.steps, device)
     if dist.get_rank() == 0:
-        report(work, steps, rates, peaks)
+        report(found)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def report(
-    work: Work,
-    steps: list[tuple[dict[str, float], Tensor]],
-    rates: tuple[float, float],
-    peaks: list[int],
-) -> None:
-    """Print what rank 0 has measured."""
-    state = 4 * work.shard.numel() * work.shard.element_size()
-    where = torch.cuda.get_device_name() if work.device.type == "cuda" else "CPU"
-    n_items, n_tokens = work.place["n_items"], sum(work.place["counts"])
+def measure(
+    n_items: int, hidden_size: int, n_tokens: int, n_steps: int, device: torch.device
+) -> dict[str, Any]:
+    """Take steps on every rank of the process group, and return what this one found.
+
+    Args:
+        n_items: Items of all ranks.
+        hidden_size: Size d of a row.
+        n_tokens: Tokens of all ranks.
+        n_steps: Steps that are timed, after two that are not.
+        device: Where this rank computes.
+    """
+    rates = ceilings(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    work = Work(n_items, hidden_size, n_tokens, device)
+    for _ in range(2):  # Triton compiles in the first, and Adam's state comes to be
+        work.step()
+    steps = [work.step() for _ in range(n_steps)]
+    peak = torch.tensor([peak_memory(device)], device=device)
+    return {
+        "items": n_items,
+        "hidden_size": hidden_size,
+        "tokens": n_tokens,
+        "steps": n_steps,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "operations_per_second": rates[0],
+        "bytes_per_second": rates[1],
+        "phases": {
+            phase: statistics.median(taken[phase] for taken, _ in steps) for phase in PHASES
+        },
+        "step": statistics.median(sum(taken.values()) for taken, _ in steps),
+        "floor": floor(work, rates),
+        "loss": float(steps[-1][1]),
+        "state": 4 * work.shard.numel() * work.shard.element_size(),
+        "peaks": gather_rows(peak, [1] * dist.get_world_size()).tolist(),
+    }
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print what ``measure`` found."""
     print(
-        f"{n_items:,} items x {work.shard.shape[1]}, {n_tokens:,} tokens, {len(peaks)} ranks, "
-        f"{where}, torch {torch.__version__}: "
-        f"{rates[0] / 1e12:.3g} TFLOP/s, {rates[1] / 1e12:.3g} TB/s"
+        f"{found['items']:,} items x {found['hidden_size']}, {found['tokens']:,} tokens, "
+        f"{len(found['peaks'])} ranks, {found['device']}, torch {torch.__version__}: "
+        f"{found['operations_per_second'] / 1e12:.3g} TFLOP/s, "
+        f"{found['bytes_per_second'] / 1e12:.3g} TB/s"
     )
-    for phase in PHASES:
-        print(f"{phase:>14} {1e3 * statistics.median(taken[phase] for taken, _ in steps):10.2f} ms")
-    step = statistics.median(sum(taken.values()) for taken, _ in steps)
-    least = floor(work, rates)
-    parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in least.items())
-    print(f"{'step':>14} {1e3 * step:10.2f} ms, median of {len(steps)}; loss {steps[-1][1]:.6f}")
-    total = sum(least.values())
+    for phase, seconds in found["phases"].items():
+        print(f"{phase:>14} {1e3 * seconds:10.2f} ms")
+    step, state, total = found["step"], found["state"], sum(found["floor"].values())
+    parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in found["floor"].items())
+    print(
+        f"{'step':>14} {1e3 * step:10.2f} ms, median of {found['steps']}; loss {found['loss']:.6f}"
+    )
     print(f"{'floor':>14} {1e3 * total:10.2f} ms ({parts}): {total / step:.0%} of it reached")
     print(f"table, gradient and Adam's state of a rank: {state / 1e9:.3f} GB")
-    for rank, peak in enumerate(peaks):
+    for rank, peak in enumerate(found["peaks"]):
         print(
             f"peak of rank {rank}: {peak / 1e9:.3f} GB, {(peak - state) / 1e9:.3f} GB above these"
         )

@@ -60,8 +60,8 @@ def synthetic_log(
     return {**shared, **windows}, {**shared, "targets": targets}
 
 
-def parameters_for(arguments: argparse.Namespace) -> TrainingParameters:
-    """Return the project's defaults with what the command line says."""
+def parameters_for(arguments: argparse.Namespace, **changes: Any) -> TrainingParameters:
+    """Return the project's defaults with what the command line says, and ``changes`` to that."""
     values: dict[str, Any] = read_presets("training")["_training"]
     losses = read_presets("losses")["loss_presets"]
     values["model"] = {
@@ -74,7 +74,7 @@ def parameters_for(arguments: argparse.Namespace) -> TrainingParameters:
     values |= {"seed": 1, "loss": losses[arguments.loss], "max_epochs": arguments.epochs}
     values |= {"batch_size": arguments.batch_size, "devices": arguments.devices}
     values |= {"compile": arguments.compile, "item_table": arguments.item_table}
-    return TrainingParameters.model_validate(values)
+    return TrainingParameters.model_validate(values | changes)
 
 
 def time_epochs(arguments: argparse.Namespace) -> None:

@@ -56,6 +56,116 @@ def test_what_a_run_does_not_save_is_the_latest(tmp_path):
     assert catalog.load("weights") == LATER
 
 
+def make_models(folder, **versions):
+    """A catalog with weights and training history, versions of which are on disk."""
+    entries = {
+        "model_weights": {
+            "type": "json.JSONDataset",
+            "filepath": str(folder / "model_weights.json"),
+            "versioned": True,
+        },
+        "training_history": {
+            "type": "sce_pipeline.datasets.training_history.TrainingHistoryDataset",
+            "filepath": str(folder / "training_history.json"),
+            "versioned": True,
+        },
+    }
+    return DataCatalog.from_config(entries, save_version=OWN, **versions)
+
+
+def save_models(folder, version, names=("model_weights", "training_history")):
+    for name in names:
+        file = folder / f"{name}.json" / version / f"{name}.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"of": version}))
+
+
+def describe(model_weights, training_history):
+    return model_weights["of"], training_history["of"], training_history["version"]
+
+
+DESCRIBE = Node(describe, ["model_weights", "training_history"], "found")
+
+
+def run_with_hooks(catalog, *nodes):
+    VersionHooks().before_pipeline_run(Pipeline(nodes), catalog)
+    return SequentialRunner().run(Pipeline(nodes), catalog)["found"].load()
+
+
+def test_the_history_is_that_of_the_latest_weights(tmp_path):
+    for version in (EARLIER, OWN):
+        save_models(tmp_path, version)
+    save_models(tmp_path, LATER, ["training_history"])  # of a run that has not saved its weights
+    assert run_with_hooks(make_models(tmp_path), DESCRIBE) == (OWN, OWN, OWN)
+
+
+def test_the_history_is_that_of_the_weights_asked_for(tmp_path):
+    for version in (EARLIER, LATER):
+        save_models(tmp_path, version)
+    catalog = make_models(tmp_path, load_versions={"model_weights": EARLIER})
+    assert run_with_hooks(catalog, DESCRIBE) == (EARLIER,) * 3
+    both = dict.fromkeys(["model_weights", "training_history"], EARLIER)
+    assert run_with_hooks(make_models(tmp_path, load_versions=both), DESCRIBE) == (EARLIER,) * 3
+
+
+def test_weights_that_are_saved_after_the_run_began_are_not_loaded(tmp_path):
+    save_models(tmp_path, EARLIER)
+
+    def go_on():
+        save_models(tmp_path, LATER)
+        return "done"
+
+    def describe_then(done, model_weights, training_history):
+        return describe(model_weights, training_history)
+
+    then = Node(describe_then, ["done", "model_weights", "training_history"], "found")
+    found = run_with_hooks(make_models(tmp_path), Node(go_on, None, "done"), then)
+    assert found == (EARLIER,) * 3
+
+
+def test_the_history_is_that_of_the_run_which_trains(tmp_path):
+    save_models(tmp_path, EARLIER)
+
+    def train():
+        save_models(tmp_path, LATER)
+        return {"of": OWN}, {"of": OWN}
+
+    training = Node(train, None, ["model_weights", "training_history"])
+    assert run_with_hooks(make_models(tmp_path), training, DESCRIBE) == (OWN, OWN, OWN)
+
+
+def test_weights_without_their_history_are_refused_before_any_node(tmp_path):
+    save_models(tmp_path, EARLIER)
+    save_models(tmp_path, LATER, ["model_weights"])
+    with pytest.raises(FileNotFoundError, match="no training history of the weights") as error:
+        VersionHooks().before_pipeline_run(Pipeline([DESCRIBE]), make_models(tmp_path))
+    for part in (
+        f"the weights {LATER}",
+        str(tmp_path / "training_history.json" / LATER / "training_history.json"),
+        "--load-versions model_weights:<version>",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_history_of_other_weights_is_refused(tmp_path):
+    for version in (EARLIER, LATER):
+        save_models(tmp_path, version)
+    catalog = make_models(tmp_path, load_versions={"training_history": EARLIER})
+    with pytest.raises(
+        ValueError, match=f"the version {EARLIER}, but model_weights load in {LATER}"
+    ):
+        VersionHooks().before_pipeline_run(Pipeline([DESCRIBE]), catalog)
+
+
+def test_a_run_without_weights_loads_the_history_it_is_asked_for(tmp_path):
+    save_models(tmp_path, EARLIER)
+    save_models(tmp_path, LATER, ["training_history"])
+    plot = Node(lambda history: history["version"], "training_history", "found")
+    assert run_with_hooks(make_models(tmp_path), plot) == LATER
+    asked = make_models(tmp_path, load_versions={"training_history": EARLIER})
+    assert run_with_hooks(asked, plot) == EARLIER
+
+
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "seed_42"

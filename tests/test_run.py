@@ -110,6 +110,23 @@ def test_a_saved_version_is_evaluated_again_on_its_own(project):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_the_report_on_a_saved_version_is_about_its_own_training(project):
+    project.write_log("walk", make_log())
+    run_small(project, loss="ce")
+    run_small(project, loss="ce", seed=43)
+    first, _ = project.versions("06_models", "walk", "ce", "model_weights.safetensors")
+    parameters = {**SMALL, "dataset": "walk", "loss": "ce"}
+    with KedroSession.create(project.folder, runtime_params=parameters) as session:
+        session.run(
+            pipeline_names=["evaluation", "reporting"],
+            load_versions={"model_weights": first.parent.name},
+        )
+    of_first, of_second, again = (
+        file.read_bytes() for file in project.versions("08_reporting", "walk", "ce", "report.txt")
+    )
+    assert again == of_first != of_second
+
+
 def test_runs_and_baselines_are_compared_in_one_report(project):
     project.write_log("walk", make_log())
     for loss in ("ce", "sce"):

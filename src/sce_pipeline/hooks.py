@@ -124,20 +124,41 @@ class NodeCostHooks:
 class VersionHooks:
     """Let a run load what it has saved itself, whatever another run has saved since.
 
-    A pipeline that wants to know which weights it loads is told their version.
+    Weights are loaded together with the history of their own training, whatever was trained since.
     """
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Fix the version of everything that one node saves and another loads."""
+        """Fix the version of everything that one node saves and another loads.
+
+        Raises:
+            FileNotFoundError: There is no training history of the weights that would be loaded.
+            ValueError: A training history of another version than theirs is asked for.
+        """
         for name in pipeline.all_outputs() & pipeline.all_inputs():
             dataset = catalog.get(name)
             if isinstance(dataset, AbstractVersionedDataset) and dataset._version:
                 version = dataset.resolve_save_version()
                 dataset._version = Version(version, version)
-        if "weights_version" in pipeline.inputs():
-            weights: Any = catalog.get("model_weights")
-            catalog["weights_version"] = weights.resolve_load_version()
+        if {"model_weights", "training_history"} <= pipeline.inputs():
+            _join_versions(catalog.get("model_weights"), catalog.get("training_history"))
+
+
+def _join_versions(weights: Any, history: Any) -> None:
+    """Let the training history load in the version of the weights, which is settled by this."""
+    version, asked = weights.resolve_load_version(), history._version.load
+    if asked not in (None, version):
+        raise ValueError(
+            f"training_history is asked for in the version {asked}, but model_weights load in "
+            f"{version}: name the weights alone, with --load-versions model_weights:<version>"
+        )
+    history._version = Version(version, history._version.save)
+    if not history.exists():
+        raise FileNotFoundError(
+            f"there is no training history of the weights {version}, without which their model is "
+            f"not known: put {history._get_load_path()} back, or name other weights with "
+            "--load-versions model_weights:<version>"
+        )
 
 
 class CheckpointHooks:

@@ -53,6 +53,15 @@ def read_item_stamp(arrays: Mapping[str, np.ndarray]) -> str:
     return arrays[ITEM_STAMP].tobytes().decode()
 
 
+def read_origin(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return what both stamps say, as it goes on record of what is made of the arrays.
+
+    Raises:
+        ValueError: The arrays have no stamp of items.
+    """
+    return {"data_processing": read_stamp(arrays), ITEM_STAMP: read_item_stamp(arrays)}
+
+
 def check_stamp(arrays: Mapping[str, np.ndarray], parameters: DataProcessingParameters) -> None:
     """Check that arrays were made with the parameters that are asked for.
 

@@ -1,20 +1,23 @@
-"""What is on record of saved weights: the training history of the same version."""
+"""What is on record of saved weights: their training history."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from sce_pipeline.parameters import ModelParameters
-from sce_pipeline.provenance import ITEM_STAMP
+from sce_pipeline.provenance import ITEM_STAMP, differences
 
 logger = logging.getLogger(__name__)
 
 _MODEL: TypeAdapter[ModelParameters] = TypeAdapter(ModelParameters)
+
+_OF_NO_MATTER = {"item_columns", "stride"}
+"""Parameters of the data that change titles and training windows, but no held-out user."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,15 @@ class TrainingRecord:
     """How weights were trained, whatever the parameters of the run that loads them.
 
     Attributes:
-        dataset: The data set that they were trained on.
-        loss: The loss that they were trained with.
-        version: Their version.
-        history: The training history of that version.
+        history: Their training history, with the version that both have.
     """
 
-    dataset: str
-    loss: str
-    version: str
     history: Mapping[str, Any]
+
+    @property
+    def version(self) -> str:
+        """The version of weights and history."""
+        return str(self.history["version"])
 
     @property
     def model(self) -> ModelParameters:
@@ -56,49 +58,48 @@ class TrainingRecord:
         Raises:
             ValueError: The weights were trained on other items, or on items in another order.
         """
-        trained = f"the weights {self.version} of loss {self.loss}"
         origin = f"training_history.json of the version {self.version}"
         if ITEM_STAMP not in self.history:
             logger.warning(
-                "It is not known whether %s number the items of %s as its data does now: %s has no "
-                "%s, as an earlier version of sce_pipeline wrote it. If the log of %s has changed "
-                "since, train again",
-                trained,
-                self.dataset,
+                "It is not known whether %s number the items as the data does now: %s has no %s, "
+                "as an earlier version of sce_pipeline wrote it. If the log has changed since, "
+                "train again",
+                self._weights,
                 origin,
                 ITEM_STAMP,
-                self.dataset,
             )
         elif (known := self.history[ITEM_STAMP]) != found:
             raise ValueError(
-                f"{trained} were trained on other items of {self.dataset} than those of now, or on "
-                f"items in another order: the {ITEM_STAMP} is {known} in {origin}, but {found} in "
-                f"{place}; train again, or restore the log and the parameters that the weights "
-                "were trained on and run the pipeline data_processing"
+                f"{self._weights} were trained on other items than those of now, or on items in "
+                f"another order: the {ITEM_STAMP} is {known} in {origin}, but {found} in {place}; "
+                "train again, or restore the log and the parameters that the weights were trained "
+                "on and run the pipeline data_processing"
             )
 
+    def check_held_out(self, made: Mapping[str, Any], place: str) -> None:
+        """Check that held-out users are those that training with these parameters keeps.
 
-def find_record(
-    dataset: str,
-    loss: str,
-    weights_version: str,
-    run_histories: Mapping[str, Callable[[], dict[str, Any]]],
-) -> TrainingRecord:
-    """Find the training history of weights among those of all losses and versions.
+        Under another split or other filters the weights may have been trained on the very targets,
+        and of another length they would read other histories than in training.
 
-    Args:
-        dataset: The data set of the run.
-        loss: The loss of the run.
-        weights_version: The version of the weights that are loaded.
-        run_histories: Loaders by ``<loss>/training_history.json/<version>``.
+        Args:
+            made: The parameters with which the held-out users' sequences were made.
+            place: What these are called in the catalog.
 
-    Raises:
-        ValueError: The training history of these weights is not there.
-    """
-    name = f"{loss}/training_history.json/{weights_version}"
-    if name not in run_histories:
-        raise ValueError(
-            f"there is no training history of the version {weights_version} of loss {loss}, "
-            "without which the model's parameters are not known"
+        Raises:
+            ValueError: They were made with others than the sequences that trained the weights.
+        """
+        trained, tested = (
+            {name: value for name, value in parameters.items() if name not in _OF_NO_MATTER}
+            for parameters in (self.history["data_processing"], made)
         )
-    return TrainingRecord(dataset, loss, weights_version, run_histories[name]())
+        if found := differences(trained, tested):
+            raise ValueError(
+                f"{self._weights} were trained on data with data_processing.{', '.join(found)} as "
+                f"in {place}, so that they may know what they would be tested on: train again, or "
+                "run the pipeline data_processing with the parameters of the weights"
+            )
+
+    @property
+    def _weights(self) -> str:
+        return f"the weights {self.version} of loss {self.history['parameters']['loss']['name']}"

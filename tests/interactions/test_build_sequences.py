@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sce_pipeline.interactions import sequences
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.sequences import build_sequences
 
@@ -192,6 +193,33 @@ def test_histories_end_right_before_their_targets(rows):
             )
         ]
         assert built == expected
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 6),
+            st.integers(0, 3),
+            st.integers(0, 9),
+            st.sampled_from(["train", "context", "validation", "test"]),
+        ),
+        max_size=40,
+    ),
+    st.integers(1, 30),
+)
+def test_it_does_not_matter_how_many_rows_are_laid_out_at_a_time(rows, at_once):
+    log = encoded([*histories(2, 1, 5), *rows])
+    *whole, report = build_sequences(log, 3, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "ROWS_AT_ONCE", at_once)
+        *parts, same_report = build_sequences(log, 3, 2)
+    assert same_report == report
+    for arrays, same in zip(whole, parts, strict=True):
+        assert list(arrays) == list(same)
+        for name, array in arrays.items():
+            assert array.dtype == same[name].dtype
+            np.testing.assert_array_equal(array, same[name])
 
 
 def test_users_of_a_single_item_are_nothing_to_learn_from():

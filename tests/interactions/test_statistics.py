@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sce_pipeline.interactions.statistics import (
+    count_repeats,
+    count_ties,
     describe_lengths,
     describe_repeats,
     describe_ties,
@@ -21,23 +23,26 @@ from sce_pipeline.interactions.summary import summarise
 def test_repeats_count_rows_after_the_first_of_a_pair():
     users = np.array([0, 0, 0, 0, 1, 1], dtype=np.int32)
     items = np.array([5, 5, 2, 5, 5, 2], dtype=np.int32)
-    assert describe_repeats(users, items) == {"rows": 2, "share_of_rows": 2 / 6}
+    assert describe_repeats(count_repeats(users, items)) == {"rows": 2, "share_of_rows": 2 / 6}
 
 
 def test_repeats_do_not_overflow():
     users = np.array([2**31 - 2, 2**31 - 2, 0], dtype=np.int32)
     items = np.array([2**31 - 2, 2**31 - 2, 0], dtype=np.int32)
-    assert describe_repeats(users, items)["rows"] == 1
+    assert count_repeats(users, items)["repeated"] == 1
 
 
 def test_ties_are_counted_within_a_user_and_at_the_end_of_its_history():
     users = np.array([0, 0, 0, 1, 1, 2, 3, 3])
     times = np.array([1, 1, 2, 2, 2, 2, 4, 5])
-    assert describe_ties(users, times) == {"share_of_pairs": 2 / 4, "share_of_users": 1 / 4}
+    assert describe_ties(count_ties(users, times)) == {
+        "share_of_pairs": 2 / 4,
+        "share_of_users": 1 / 4,
+    }
 
 
 def test_single_events_have_no_ties():
-    assert describe_ties(np.array([0, 1]), np.array([3, 3])) == {
+    assert describe_ties(count_ties(np.array([0, 1]), np.array([3, 3]))) == {
         "share_of_pairs": 0.0,
         "share_of_users": 0.0,
     }

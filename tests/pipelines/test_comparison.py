@@ -29,21 +29,24 @@ from sce_pipeline.pipelines.comparison.nodes import (
 from sce_pipeline.pipelines.comparison.report import render_table
 from sce_pipeline.pipelines.comparison.runs import join_parts
 from sce_pipeline.pipelines.comparison.tables import tabulate_runs, tabulate_seeds
-from sce_pipeline.provenance import stamp
+from sce_pipeline.provenance import read_item_stamp, read_origin, stamp, stamp_items
 
 N_USERS, N_ITEMS = 60, 40
 DATA = make_data_processing()
 OTHER_DATA = make_data_processing(max_length=5)
+ITEMS = stamp_items(f"i{number}" for number in range(N_ITEMS))
+STAMPS = {**stamp(DATA), **ITEMS}
+OTHER_ITEMS = stamp_items(f"i{number}" for number in reversed(range(N_ITEMS)))
 LOSS_PRESETS = {"ce": {"name": "ce"}, "sce": {"name": "sce", "mix_x": False}}
 EVALUATION = EvaluationParameters(
     cutoffs=(10,), filter_seen=True, n_bootstrap=50, confidence=0.9, seed=0, accelerator="cpu"
 )
 
 
-def make_history(loss="ce", seed=5, validation=(0.1, 0.3, 0.2), data=DATA, **changes):
+def make_history(loss="ce", seed=5, validation=(0.1, 0.3, 0.2), data=DATA, items=ITEMS, **changes):
     parameters = make_training(seed=seed).model_dump(mode="json")
     return {
-        "data_processing": data.model_dump(mode="json"),
+        **read_origin({**stamp(data), **items}),
         "parameters": {**parameters, "loss": LOSS_PRESETS[loss], **changes},
         "device": "an H100",
         "best_epoch": 1 + int(np.argmax(validation)),
@@ -96,7 +99,7 @@ class Folders:
 
     def add_baselines(self, version):
         record = {
-            "data_processing": DATA.model_dump(mode="json"),
+            **read_origin(STAMPS),
             "parameters": {"item_knn": {"k": 7, "shrinkage": 1.0}, "pure_svd": {"n_factors": 3}},
         }
         self.put("histories", "baselines", version, record)
@@ -120,9 +123,7 @@ class Folders:
         getattr(self, kind)[place] = load
 
     def join(self):
-        return join_parts(
-            "walk", DATA.model_dump(mode="json"), self.histories, self.metrics, self.rankings
-        )
+        return join_parts("walk", read_origin(STAMPS), self.histories, self.metrics, self.rankings)
 
 
 def tabulate(runs, **changes):
@@ -156,7 +157,7 @@ def test_runs_that_lack_a_part_are_named(caplog):
     del folders.metrics["ce/metrics.json/3"]
     del folders.rankings["ce/test_rankings.safetensors/4/test"]
     del folders.rankings["baselines/pure_svd_rankings.safetensors/6/pure_svd"]
-    runs = collect_runs(folders.histories, folders.metrics, folders.rankings, stamp(DATA), "walk")
+    runs = collect_runs(folders.histories, folders.metrics, folders.rankings, STAMPS, "walk")
     assert [run.version for run in runs.models] == ["1"]
     assert runs.incomplete == {
         "ce/2": "training history",
@@ -175,7 +176,7 @@ def test_without_a_complete_run_there_is_nothing_to_compare():
     folders.metrics.pop("ce/metrics.json/1")
     message = "no complete run of a model on walk to compare; ce/1 lacks metrics"
     with pytest.raises(ValueError, match=message):
-        collect_runs(folders.histories, folders.metrics, folders.rankings, stamp(DATA), "walk")
+        collect_runs(folders.histories, folders.metrics, folders.rankings, STAMPS, "walk")
 
 
 def test_the_leaderboard_has_a_row_for_each_run_the_best_first():
@@ -236,8 +237,11 @@ def test_the_best_of_a_loss_is_chosen_by_validation_among_runs_on_the_same_data(
     folders.add("3", validation=(0.9,), data=OTHER_DATA).add("4", "sce")
     folders.add_baselines("5").add_baselines("6")
     parts = folders.histories, folders.metrics, folders.rankings
-    runs = collect_runs(*parts, stamp(DATA), "walk")
-    assert "sasrec + ce, 3 is on data that was made otherwise" in caplog.text
+    runs = collect_runs(*parts, STAMPS, "walk")
+    assert (
+        "sasrec + ce, 3 is on data that was made otherwise and stands in tables alone: "
+        "data_processing.max_length = 5 rather than 4" in caplog.text
+    )
     best = select_best(runs)
     assert [(run.model, run.loss, run.version) for run in best] == [
         ("sasrec", "ce", "1"),
@@ -246,6 +250,29 @@ def test_the_best_of_a_loss_is_chosen_by_validation_among_runs_on_the_same_data(
         ("item_knn", None, "6"),
         ("pure_svd", None, "6"),
     ]
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_runs_of_other_items_stand_in_tables_alone_and_apart(stamped, caplog):
+    folders = Folders().add("1", seed=1, validation=(0.1,))
+    folders.add("2", seed=2, validation=(0.9,), items=OTHER_ITEMS)
+    if not stamped:  # as an earlier version left it
+        history = make_history(seed=2, validation=(0.9,))
+        del history["item_fingerprint"]
+        folders.put("histories", "ce", "2", history)
+    parts = folders.histories, folders.metrics, folders.rankings
+    runs = collect_runs(*parts, STAMPS, "walk")
+    other, now = read_item_stamp(OTHER_ITEMS) if stamped else None, read_item_stamp(ITEMS)
+    assert f"tables alone: item_fingerprint = {other!r} rather than {now!r}" in caplog.text
+    assert [run.version for run in select_best(runs)] == ["1", "1"]
+    popularity = [run.version for run in runs.complete if run.model == "popularity"]
+    assert popularity == ["1", "2"]
+    board = tabulate(runs)
+    assert dict(board.filter(model="sasrec").select("version", "changes").iter_rows()) == {
+        "1": None,
+        "2": f"item_fingerprint={other}",
+    }
+    assert tabulate_seeds(board)["n"].to_list() == [1, 1]
 
 
 def test_by_default_the_best_runs_are_compared_each_with_each():

@@ -24,8 +24,8 @@ from sce_pipeline.provenance import ITEM_STAMP, read_item_stamp, stamp, stamp_it
 N_ITEMS = 20
 
 RANKED_WITH = (
-    *("model_weights", "weights_version", "run_histories", "test_sequences"),
-    *("params:dataset", "params:loss", "params:evaluation", "params:data_processing"),
+    *("model_weights", "training_history", "test_sequences"),
+    *("params:evaluation", "params:data_processing"),
 )
 
 
@@ -71,16 +71,14 @@ def inputs(training, evaluation, data_processing):
         "parameters": training.model_dump(mode="json"),
         "data_processing": data_processing.model_dump(mode="json"),
         ITEM_STAMP: read_item_stamp(sequences),
+        "version": "v1",
     }
     users = generator.integers(1, 40, size=N_ITEMS).astype(np.int32)
     return {
         "model_weights": build_model(training.model, N_ITEMS, 4).state_dict(),
-        "weights_version": "v1",
-        "run_histories": {"ce/training_history.json/v1": lambda: history},
+        "training_history": history,
         "test_sequences": sequences,
         "item_popularity": {"users": users, "n_users": np.array([40])},
-        "params:dataset": "walk",
-        "params:loss": "ce",
         "params:evaluation": evaluation,
         "params:data_processing": data_processing,
     }
@@ -89,6 +87,14 @@ def inputs(training, evaluation, data_processing):
 def rank(inputs):
     """Rank by the model alone."""
     return rank_items(**{name.removeprefix("params:"): inputs[name] for name in RANKED_WITH})
+
+
+def make_again(inputs, **changes):
+    """Put test sequences of other parameters in place of those the weights were trained beside."""
+    data_processing = make_data_processing(**changes)
+    inputs["params:data_processing"] = data_processing
+    length = np.array([data_processing.max_length])
+    inputs["test_sequences"] |= {"max_length": length, **stamp(data_processing)}
 
 
 def run(inputs):
@@ -147,34 +153,60 @@ def test_sequences_made_with_other_parameters_are_an_error(inputs):
         rank(inputs)
 
 
-def test_weights_of_another_length_are_an_error(inputs):
-    longer = make_data_processing(max_length=5)
-    inputs["params:data_processing"] = longer
-    inputs["test_sequences"] |= {"max_length": np.array([5]), **stamp(longer)}
-    with pytest.raises(
-        ValueError, match="max_length = 4, but the test sequences of walk were made"
-    ):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 5}, "max_length = 4 rather than 5"),
+        (
+            {"split": {"name": "temporal", "quantile": 0.8, "train_users": "disjoint"}},
+            "split.quantile = 0.9 rather than 0.8",
+        ),
+        (
+            {"filters": {"min_users_per_item": 1, "min_items_per_user": 3, "iterate": False}},
+            "filters.min_items_per_user = 1 rather than 3",
+        ),
+        (
+            {"columns": {"user": "account", "item": "itemid", "timestamp": "timestamp"}},
+            "columns.user = 'userid' rather than 'account'",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_weights_that_may_know_the_targets_are_an_error(inputs, changes, message):
+    make_again(inputs, **changes)
+    with pytest.raises(ValueError, match="trained on data with data_processing") as error:
         rank(inputs)
+    for part in (
+        "the weights v1 of loss ce were trained",
+        f"{message} as in test_sequences",
+        "run the pipeline data_processing with the parameters of the weights",
+    ):
+        assert part in str(error.value)
+
+
+def test_other_training_windows_and_titles_leave_test_users_as_they_are(inputs):
+    before = rank(inputs)["target_ranks"]
+    make_again(inputs, stride=2, item_columns={"item": "id", "title": "name"})
+    np.testing.assert_array_equal(rank(inputs)["target_ranks"], before)
+
+
+def test_rankings_say_which_items_they_number(inputs):
+    assert read_item_stamp(rank(inputs)) == read_item_stamp(inputs["test_sequences"])
 
 
 def test_weights_of_other_items_are_an_error(inputs):
     trained = read_item_stamp(inputs["test_sequences"])
     others = stamp_items(f"i{number}" for number in reversed(range(N_ITEMS)))
     inputs["test_sequences"] |= others
-    with pytest.raises(ValueError, match="trained on other items of walk") as error:
+    with pytest.raises(ValueError, match="trained on other items than those of now") as error:
         rank(inputs)
     for part in (
+        "the weights v1 of loss ce",
         f"{trained} in training_history.json of the version v1",
         f"{read_item_stamp(others)} in test_sequences",
         "train again, or restore the log",
     ):
         assert part in str(error.value)
-
-
-def test_weights_without_their_history_are_an_error(inputs):
-    inputs["weights_version"] = "v2"
-    with pytest.raises(ValueError, match="no training history of the version v2 of loss ce"):
-        rank(inputs)
 
 
 def test_kedro_checks_the_parameters_and_names_stay_plain():
@@ -186,12 +218,9 @@ def test_kedro_checks_the_parameters_and_names_stay_plain():
     }
     assert pipeline.inputs() == {
         "model_weights",
-        "weights_version",
-        "run_histories",
+        "training_history",
         "test_sequences",
         "item_popularity",
-        "params:dataset",
-        "params:loss",
         "params:evaluation",
         "params:data_processing",
     }

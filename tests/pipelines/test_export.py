@@ -98,13 +98,13 @@ def test_weights_without_their_history_are_refused(project):
     (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
     version = file.parent
     version.rename(version.with_name("2020-01-01T00.00.00.000Z"))
-    with pytest.raises(ValueError, match=f"no training history of the version {version.name}"):
+    with pytest.raises(FileNotFoundError, match=f"history of the weights {version.name}"):
         project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
 
 
 def test_weights_of_other_items_are_refused(project):
     rename_an_item(project)
-    with pytest.raises(ValueError, match=r"other items of walk .* in items; train again"):
+    with pytest.raises(ValueError, match=r"other items than those of now.* in items; train again"):
         project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
     assert not project.path("07_model_output", "walk", "ce", "recommender").exists()
 

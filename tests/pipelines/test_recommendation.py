@@ -231,7 +231,7 @@ def test_the_model_is_the_one_that_was_trained_whatever_is_asked_for_now(project
 def test_weights_without_their_history_are_refused(project):
     (file,) = project.versions("06_models", "walk", "ce", "training_history.json")
     file.parent.rename(file.parent.with_name("2020-01-01T00.00.00.000Z"))
-    with pytest.raises(ValueError, match=f"no training history of the version {file.parent.name}"):
+    with pytest.raises(FileNotFoundError, match=f"history of the weights {file.parent.name}"):
         recommend(project)
 
 
@@ -245,7 +245,7 @@ def test_weights_of_another_catalogue_are_refused(project):
 
 def test_weights_of_other_items_are_refused(project):
     rename_an_item(project)
-    with pytest.raises(ValueError, match=r"other items of walk .* in items; train again"):
+    with pytest.raises(ValueError, match=r"other items than those of now.* in items; train again"):
         recommend(project)
     assert not project.path("07_model_output", "walk", "ce", "recommendations").exists()
     project.run(pipelines=["training"], **SMALL_RUN, loss="ce")

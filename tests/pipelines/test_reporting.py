@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+from trained_projects import rename_an_item
 
+from helpers import SMALL_RUN
 from sce_pipeline.parameters import EvaluationParameters
 from sce_pipeline.pipelines.reporting.figures import (
     METRICS,
@@ -14,6 +16,7 @@ from sce_pipeline.pipelines.reporting.figures import (
     plot_training_time,
 )
 from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendations
+from sce_pipeline.provenance import fingerprint_texts, stamp_items
 
 CUTOFFS = (1, 10)
 HISTORY = {
@@ -94,15 +97,17 @@ def test_history_lengths_figure_draws_the_histogram_of_the_summary():
 
 
 @pytest.fixture
-def examples():
+def inputs():
     rankings = {
         "users": np.array([2, 0], dtype=np.int32),
         "targets": np.array([3, 1], dtype=np.int32),
         "target_ranks": np.array([4, np.iinfo(np.int64).max]),
         "top_items": np.array([[0, 1, 4, 2], [2, -1, -1, -1]], dtype=np.int32),
+        **stamp_items("abcde"),
     }
     sequences = {  # in another order than the rankings
         "users": np.array([0, 2], dtype=np.int32),
+        "targets": np.array([1, 3], dtype=np.int32),
         "items": np.array([1, 4, 0, 1, 2, 3], dtype=np.int32),
         "offsets": np.array([0, 1, 6]),
     }
@@ -114,7 +119,47 @@ def examples():
         }
     )
     users = pl.DataFrame({"user": [2, 0, 1], "userid": ["u2", "u0", "u1"]})
-    return show_recommendations(rankings, sequences, items, users)
+    return {
+        "test_rankings": rankings,
+        "test_sequences": sequences,
+        "items": items,
+        "users": users,
+    }
+
+
+@pytest.fixture
+def examples(inputs):
+    return show_recommendations(**inputs)
+
+
+@pytest.mark.parametrize("ids", ["abcdf", "bacde", "abcdef"])
+def test_rankings_of_other_items_are_refused(inputs, ids):
+    inputs["items"] = pl.DataFrame({"item": range(len(ids)), "itemid": list(ids), "title": None})
+    with pytest.raises(ValueError, match="test_rankings is of other items") as error:
+        show_recommendations(**inputs)
+    for part in (
+        f"{fingerprint_texts('abcde')} in test_rankings",
+        f"{fingerprint_texts(ids)} in items",
+        "run the pipeline evaluation",
+    ):
+        assert part in str(error.value)
+
+
+def test_rankings_that_do_not_say_which_items_they_number_are_refused(inputs):
+    del inputs["test_rankings"]["item_fingerprint"]
+    with pytest.raises(ValueError, match=r"an earlier version .* run the pipeline evaluation"):
+        show_recommendations(**inputs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"users": [0, 1]}, {"targets": [3, 1]}, {"users": [0, 1, 2], "targets": [1, 0, 3]}],
+    ids=["users", "targets", "more"],
+)
+def test_rankings_of_other_test_users_are_refused(inputs, changes):
+    inputs["test_sequences"] |= {name: np.array(values) for name, values in changes.items()}
+    with pytest.raises(ValueError, match="of other users or targets than test_sequences"):
+        show_recommendations(**inputs)
 
 
 def test_examples_join_rankings_histories_and_titles_by_user(examples):
@@ -155,3 +200,12 @@ def test_report_holds_the_metrics_and_the_examples(examples):
     rows = [line.split() for line in text.splitlines() if "popularity" in line and "0.1250" in line]
     assert len([row for row in rows if row[:1] == ["popularity"]]) == len(METRICS)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_report_on_data_that_was_made_since_is_refused(trained_project):
+    parameters = {**SMALL_RUN, "loss": "ce"}
+    trained_project.run(pipelines=["evaluation", "reporting"], **parameters)
+    rename_an_item(trained_project)
+    with pytest.raises(ValueError, match=r"of other items than those of now.* but \w+ in items"):
+        trained_project.run(pipelines=["reporting"], **parameters)
+    assert len(trained_project.versions("08_reporting", "walk", "ce", "report.txt")) == 1

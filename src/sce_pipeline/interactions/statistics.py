@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from sce_pipeline.interactions.reports import Report
@@ -9,29 +11,51 @@ from sce_pipeline.interactions.reports import Report
 _MOST_BINS = 50
 
 
-def describe_repeats(users: np.ndarray, items: np.ndarray) -> Report:
-    """Count rows whose user had the same item before; all arrays have one entry a row."""
+def count_repeats(users: np.ndarray, items: np.ndarray) -> Counter[str]:
+    """Count ``rows``, and those ``repeated`` whose user had the same item before.
+
+    All arrays have one entry a row, here and below, and whole users; counts of other users add up.
+    """
     pairs = users * (items.max() + np.int64(1)) + items
-    repeated = users.size - np.unique(pairs).size
-    return {"rows": repeated, "share_of_rows": repeated / users.size}
+    return Counter(rows=users.size, repeated=users.size - np.unique(pairs).size)
 
 
-def describe_ties(users: np.ndarray, timestamps: np.ndarray) -> Report:
-    """Measure how far the order of equal timestamps matters, for rows user after user in time.
+def describe_repeats(counted: Counter[str]) -> Report:
+    """Tell the share of the rows that ``count_repeats`` counted."""
+    rows = counted["repeated"]
+    return {"rows": rows, "share_of_rows": rows / counted["rows"]}
+
+
+def count_ties(users: np.ndarray, timestamps: np.ndarray) -> Counter[str]:
+    """Count equal timestamps, for rows user after user in time.
+
+    Returns:
+        The consecutive ``pairs`` of events of a user, those ``tied`` by equal timestamps, the
+        ``users``, and those ``users_tied`` at their last two events.
+    """
+    is_same_user = users[1:] == users[:-1]
+    is_tie = is_same_user & (timestamps[1:] == timestamps[:-1])
+    is_last = np.append(users[1:] != users[:-1], True)
+    n_users = np.count_nonzero(is_last)
+    return Counter(
+        pairs=int(users.size - n_users),
+        tied=int(np.count_nonzero(is_tie)),
+        users=int(n_users),
+        users_tied=int(np.count_nonzero(is_tie & is_last[1:])),
+    )
+
+
+def describe_ties(counted: Counter[str]) -> Report:
+    """Measure how far the order of equal timestamps matters.
 
     Returns:
         ``share_of_pairs`` is that of consecutive events of a user with equal timestamps,
         ``share_of_users`` that of users whose last two events have, so that the order of the file
         decides which one is the target.
     """
-    is_same_user = users[1:] == users[:-1]
-    is_tie = is_same_user & (timestamps[1:] == timestamps[:-1])
-    is_last = np.append(users[1:] != users[:-1], True)
-    n_users = np.count_nonzero(is_last)
-    n_pairs = users.size - n_users
     return {
-        "share_of_pairs": float(np.count_nonzero(is_tie) / max(n_pairs, 1)),
-        "share_of_users": float(np.count_nonzero(is_tie & is_last[1:]) / n_users),
+        "share_of_pairs": counted["tied"] / max(counted["pairs"], 1),
+        "share_of_users": counted["users_tied"] / counted["users"],
     }
 
 

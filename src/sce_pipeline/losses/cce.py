@@ -333,9 +333,10 @@ class _TwoPasses(torch.autograd.Function):
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None
         with_bias = ctx.needs_input_grad[2]
+        tokens = kernels.tokens_by_block(x, w, targets)
         grad_table = torch.empty_like(w, dtype=of_table)
         grad_bias = kernels.table_pass(
-            x, w, targets, terms, sums, grad, grad_table, grad_bias=with_bias
+            x, w, targets, tokens, terms, sums, grad, grad_table, grad_bias=with_bias
         )
         return grad_hidden, grad_table, grad_bias, None, None
 

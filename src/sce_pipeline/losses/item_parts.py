@@ -283,7 +283,8 @@ def _fill_table_gradient(
         scale, smoothing, z_loss, options.skip_mass * share, bias, *norms_and_mean, sum_token
     )
     sums = kernels.joined_sums(x, log_sum, weights)
-    kernels.table_pass(x, w, own, terms, sums, upstream, gradient, grad_bias=False)
+    tokens = kernels.tokens_by_block(x, w, own)
+    kernels.table_pass(x, w, own, tokens, terms, sums, upstream, gradient, grad_bias=False)
 
 
 def _means(table: CastTable, bias: Tensor | None, shard: Shard) -> tuple[Tensor, Tensor]:

@@ -150,14 +150,12 @@ def draw_buckets_fused(
     mix_x: bool,
 ) -> Buckets:
     """Return what ``draw_buckets`` does, through the Triton kernels."""
-    from sce_pipeline.losses.kernels.nearest import nearest_rows
+    from sce_pipeline.losses.kernels.nearest import Rows, nearest_rows
 
     centres = draw_centres(n_buckets, hidden, mix_x=mix_x)
     centres = centres.to(compute_dtype(hidden, item_embeddings))
-    return Buckets(
-        nearest_rows(centres, hidden, bucket_size_x),
-        nearest_rows(centres, item_embeddings, bucket_size_y),
-    )
+    searches = Rows(hidden, bucket_size_x), Rows(item_embeddings, bucket_size_y)
+    return Buckets(*nearest_rows(centres, *searches))
 
 
 def draw_centres(n_centres: int, hidden: Tensor, *, mix_x: bool) -> Tensor:

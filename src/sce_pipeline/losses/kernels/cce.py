@@ -288,10 +288,37 @@ def _pass_over_items(
         launch(join_hidden_kernel, (plan.n_split,), *arguments, **options, num_warps=sizes.warps)
 
 
+class TokensByBlock(NamedTuple):
+    """Which tokens a block of items is the target of.
+
+    Attributes:
+        order: The tokens, those of a block one after the other, int64 [tokens].
+        first: Where those of each block begin there, and where the last end, int32 [blocks + 1].
+    """
+
+    order: Tensor
+    first: Tensor
+
+
+def tokens_by_block(x: Tensor, w: Tensor, targets: Tensor) -> TokensByBlock:
+    """Return what ``table_pass`` needs of the targets.
+
+    By itself, so that what sorting takes has gone when there is a gradient of the table.
+    """
+    size = tiles(x.dtype, x.shape[1], table_pass=True).own
+    n_blocks = cdiv(len(w), size)
+    # A short integer is sorted in half the time.
+    number = torch.int16 if n_blocks < 2**15 else torch.int32
+    blocks, order = (targets // size).to(number).sort(stable=True)
+    every_block = torch.arange(n_blocks + 1, dtype=number, device=x.device)
+    return TokensByBlock(order, torch.searchsorted(blocks, every_block, out_int32=True))
+
+
 def table_pass(
     x: Tensor,
     w: Tensor,
     targets: Tensor,
+    tokens: TokensByBlock,
     terms: Terms,
     sums: Sums,
     upstream: Tensor,
@@ -307,6 +334,7 @@ def table_pass(
         x: As in ``hidden_pass``, and likewise ``w``, ``targets`` and ``terms``.
         w: Item embeddings.
         targets: int64 [tokens].
+        tokens: What ``tokens_by_block`` made of them.
         terms: The rest of the logits and the loss.
         sums: What ``hidden_pass`` left.
         upstream: Derivative of what is minimised by the mean loss, float32, one element.
@@ -316,12 +344,6 @@ def table_pass(
     (n_tokens, d), n_items = x.shape, len(w)
     sizes = tiles(x.dtype, d, table_pass=True)
     plan = schedule(n_items, n_tokens, sizes, x.device)
-    # Which tokens a block of items is the target of; a short integer is sorted in half the time.
-    number = torch.int16 if plan.n_blocks < 2**15 else torch.int32
-    blocks, order = (targets // sizes.own).to(number).sort(stable=True)
-    every_block = torch.arange(plan.n_blocks + 1, dtype=number, device=x.device)
-    first = torch.searchsorted(blocks, every_block, out_int32=True)
-    del blocks, every_block
     empty = torch.empty(0, dtype=torch.float32, device=x.device)
     new = empty.new_empty
     n_parts = plan.n_split * plan.n_shares if plan.n_shares > 1 else 0
@@ -345,8 +367,7 @@ def table_pass(
         *(empty if part is None else part for part in (terms.item_scale, terms.sum_token)),
         sums.lse,
         sums.target_weights,
-        order,
-        first,
+        *tokens,
         upstream,
         grad,
         empty if of_bias is None else of_bias,

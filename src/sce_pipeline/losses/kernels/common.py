@@ -58,20 +58,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if INTERPRETED.value:
         kernel[grid](*arguments, **constants)
         return
-    key: list[Any] = [id(kernel), *constants.items()]
+    key: list[Any] = [id(kernel), *constants, *constants.values()]
     values = []
     device = -1
     for argument in arguments:
         if isinstance(argument, Tensor):
             # An address is taken as it is; about a tensor the launcher would ask the driver.
-            value = argument.data_ptr()
-            key += (argument.dtype, value % 16 == 0)
-            values.append(value)
+            address = argument.data_ptr()
+            values.append(address)
+            key.append(argument.dtype)
+            key.append(address % 16 == 0)
             if device < 0:
                 device = argument.get_device()
         else:
-            key.append(_kind(argument))
             values.append(argument)
+            key.append(_kind(argument))
     if device != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **constants)

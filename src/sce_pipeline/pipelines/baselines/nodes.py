@@ -22,7 +22,7 @@ from sce_pipeline.parameters import (
     DataProcessingParameters,
     EvaluationParameters,
 )
-from sce_pipeline.provenance import check_stamp, read_stamp
+from sce_pipeline.provenance import check_stamp, read_origin
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def collect_interactions(
     for sequences in (train_sequences, test_sequences):
         check_stamp(sequences, data_processing)
     record = {
-        "data_processing": read_stamp(train_sequences),
+        **read_origin(train_sequences),
         "parameters": baselines.model_dump(mode="json"),
     }
     return interaction_matrix(train_sequences), record

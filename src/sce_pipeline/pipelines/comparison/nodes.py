@@ -26,7 +26,7 @@ from sce_pipeline.pipelines.comparison.report import (
 )
 from sce_pipeline.pipelines.comparison.runs import CUTOFF, Run, Runs, join_parts
 from sce_pipeline.pipelines.comparison.tables import tabulate_pairs, tabulate_runs, tabulate_seeds
-from sce_pipeline.provenance import read_stamp
+from sce_pipeline.provenance import differences, read_origin
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ def collect_runs(
     """Join what the runs on the data set left, and say which are incomplete or on other data.
 
     Raises:
-        ValueError: No run of a model is complete.
+        ValueError: No run of a model is complete, or the test sequences have no stamp of items.
     """
-    runs = join_parts(dataset, read_stamp(test_sequences), run_histories, run_metrics, run_rankings)
+    origin = read_origin(test_sequences)
+    runs = join_parts(dataset, origin, run_histories, run_metrics, run_rankings)
     if not runs.models:
         lacks = "".join(f"; {name} lacks {parts}" for name, parts in runs.incomplete.items())
         raise ValueError(f"there is no complete run of a model on {dataset} to compare{lacks}")
@@ -53,7 +54,11 @@ def collect_runs(
     for name, lacks in runs.incomplete.items():
         logger.warning("%s is left out, as it lacks: %s", name, lacks)
     for run in runs.on_other_data:
-        logger.warning("%s is on data that was made otherwise and stands in tables alone", run.name)
+        logger.warning(
+            "%s is on data that was made otherwise and stands in tables alone: %s",
+            run.name,
+            ", ".join(differences(run.origin, origin)),
+        )
     return runs
 
 

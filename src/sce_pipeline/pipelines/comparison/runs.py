@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sce_pipeline.provenance import ITEM_STAMP
+
 CUTOFF = 10
 """The k of what is compared, which is also that of validation."""
 
@@ -43,6 +45,11 @@ class Run:
         return self.model if self.loss is None else f"{self.model} + {self.loss}, {self.version}"
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """Parameters and items of the run's data; no item stamp where an earlier version ran it."""
+        return {name: self.history.get(name) for name in ("data_processing", ITEM_STAMP)}
+
+    @property
     def validation(self) -> float:
         """The best validation NDCG@10."""
         return max(epoch[MONITOR] for epoch in self.history["epochs"])
@@ -54,13 +61,13 @@ class Runs:
 
     Attributes:
         dataset: Its name.
-        data_processing: The parameters with which the test sequences of now were made.
+        origin: Parameters and items of the test sequences of now.
         complete: Models, then baselines, each by version.
         incomplete: What the others lack, by loss and version.
     """
 
     dataset: str
-    data_processing: dict[str, Any]
+    origin: dict[str, Any]
     complete: list[Run]
     incomplete: dict[str, str]
 
@@ -91,9 +98,8 @@ class Runs:
 
     @property
     def on_other_data(self) -> list[Run]:
-        """The complete runs on data that was made otherwise than that of now."""
-        made = self.data_processing
-        return [run for run in self.complete if run.history["data_processing"] != made]
+        """The complete runs on data of other parameters or items than that of now."""
+        return [run for run in self.complete if run.origin != self.origin]
 
     def best_per_loss(self) -> list[Run]:
         """Choose, of the runs on the data of now, one a loss and the latest of each baseline.
@@ -114,7 +120,7 @@ class Runs:
 
 def join_parts(
     dataset: str,
-    data_processing: dict[str, Any],
+    origin: dict[str, Any],
     histories: Partitions,
     metrics: Partitions,
     rankings: Partitions,
@@ -127,7 +133,7 @@ def join_parts(
 
     Args:
         dataset: The name of the data set.
-        data_processing: The parameters with which the test sequences of now were made.
+        origin: Parameters and items of the test sequences of now.
         histories: Loaders by ``<loss>/training_history.json/<version>``.
         metrics: Loaders by ``<loss>/metrics.json/<version>``.
         rankings: Loaders by ``<loss>/<name>_rankings.safetensors/<version>/<name>``.
@@ -172,7 +178,7 @@ def join_parts(
                 ranked[key][file],
             )
             (models if is_model else baselines).append(run)
-    return Runs(dataset, data_processing, [*models, *_latest_popularity(baselines)], incomplete)
+    return Runs(dataset, origin, [*models, *_latest_popularity(baselines)], incomplete)
 
 
 def _key(place: str) -> tuple[str, str]:
@@ -186,10 +192,7 @@ def _latest_popularity(baselines: Iterable[Run]) -> list[Run]:
     for run in baselines:
         if run.model == "popularity":
             kept = [
-                other
-                for other in kept
-                if other.model != "popularity"
-                or other.history["data_processing"] != run.history["data_processing"]
+                other for other in kept if other.model != "popularity" or other.origin != run.origin
             ]
         kept.append(run)
     return kept

@@ -16,7 +16,7 @@ from sce_pipeline.parameters import (
     TrainingParameters,
 )
 from sce_pipeline.pipelines.comparison.runs import CUTOFF, MONITOR, Run, Runs
-from sce_pipeline.provenance import flatten
+from sce_pipeline.provenance import ITEM_STAMP, flatten
 
 METRICS = tuple(f"{metric}@{CUTOFF}" for metric in ("ndcg", "hr", "coverage", "surprisal"))
 COSTS = ("training_seconds", "seconds_per_epoch", "memory_mb")
@@ -73,10 +73,12 @@ def tabulate_runs(
 
     Returns:
         The columns of ``LEADERBOARD``. ``changes`` are the parameters that differ from the presets
-        of the run's loss and model and from what is now in force for the data set. A baseline has
-        neither loss nor costs.
+        of the run's loss and model and from what is now in force for the data set, and the
+        fingerprint of the items where they are others than those of now. A baseline has neither
+        loss nor costs.
     """
     in_force = {
+        ITEM_STAMP: runs.origin[ITEM_STAMP],
         "data_processing": data_processing.model_dump(mode="json"),
         **training.model_dump(mode="json", exclude={"loss", "model"}),
     }
@@ -167,7 +169,7 @@ def _row(run: Run, usual: Mapping[str, Any]) -> dict[str, Any]:
         "users": run.metrics["n_users"],
         "items": run.metrics["n_items"],
     }
-    made = {"data_processing": run.history["data_processing"]}
+    made = run.origin
     if run.loss is not None:
         made |= parameters
         row |= {"seed": parameters["seed"], **_costs(run.history)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,43 +13,37 @@ from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model, rank_with_popularity
 from sce_pipeline.models import load_model
 from sce_pipeline.parameters import DataProcessingParameters, EvaluationParameters
-from sce_pipeline.provenance import check_stamp, read_item_stamp
-from sce_pipeline.training_record import find_record
+from sce_pipeline.provenance import ITEM_STAMP, check_stamp, read_item_stamp, read_stamp
+from sce_pipeline.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
 
 def rank_items(
     model_weights: dict[str, torch.Tensor],
-    weights_version: str,
-    run_histories: dict[str, Callable[[], Any]],
+    training_history: dict[str, Any],
     test_sequences: dict[str, np.ndarray],
-    dataset: str,
-    loss: str,
     evaluation: EvaluationParameters,
     data_processing: DataProcessingParameters,
 ) -> dict[str, np.ndarray]:
     """Rank all items for every test user by the trained model.
 
-    The model is that of the weights' training history, whatever this run would train.
+    The model is that of the weights' training history, whatever this run would train. The rankings
+    say which items they number.
 
     Raises:
-        ValueError: The sequences are not those that this run asks for or the weights were trained
-            on, or the training history of the weights is not there.
+        ValueError: The sequences are not those that this run asks for or that the weights were
+            trained on.
     """
     check_stamp(test_sequences, data_processing)
-    record = find_record(dataset, loss, weights_version, run_histories)
+    record = TrainingRecord(training_history)
+    record.check_held_out(read_stamp(test_sequences), "test_sequences")
     record.check_items(read_item_stamp(test_sequences), "test_sequences")
-    max_length = int(test_sequences["max_length"][0])
-    if record.max_length != max_length:
-        raise ValueError(
-            f"the weights {weights_version} of loss {loss} were trained with "
-            f"data_processing.max_length = {record.max_length}, but the test sequences of "
-            f"{dataset} were made with {max_length}: train again, or run the pipeline "
-            "data_processing with the length of the weights"
-        )
-    model = load_model(record.model, model_weights, max_length).to(_device(evaluation))
-    return rank_with_model(model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen)
+    model = load_model(record.model, model_weights, record.max_length).to(_device(evaluation))
+    rankings = rank_with_model(
+        model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen
+    )
+    return {**rankings, ITEM_STAMP: test_sequences[ITEM_STAMP]}
 
 
 def rank_by_popularity(

@@ -19,11 +19,8 @@ def create_pipeline() -> Pipeline:
                 rank_items,
                 inputs=[
                     "model_weights",
-                    "weights_version",
-                    "run_histories",
+                    "training_history",
                     "test_sequences",
-                    "params:dataset",
-                    "params:loss",
                     "params:evaluation",
                     "params:data_processing",
                 ],

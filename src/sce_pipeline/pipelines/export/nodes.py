@@ -16,41 +16,35 @@ from sce_pipeline.recommendation.bundle import Bundle
 from sce_pipeline.recommendation.card import write_card
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.index_quality import index_items
-from sce_pipeline.training_record import find_record
+from sce_pipeline.training_record import TrainingRecord
 
 Partitions = dict[str, Callable[[], Any]]
 
 
 def describe_model(
     model_weights: dict[str, Tensor],
-    weights_version: str,
-    run_histories: Partitions,
+    training_history: dict[str, Any],
     measured_versions: Partitions,
     items: pl.DataFrame,
     dataset: str,
-    loss: str,
 ) -> dict[str, Any]:
     """Put together what is known of the weights that are loaded.
 
-    In a run that also trains, the weights make this wait for their training history.
-
     Raises:
-        ValueError: The training history of these weights is not there, or they were trained on
-            other items.
+        ValueError: They were trained on other items.
     """
-    record = find_record(dataset, loss, weights_version, run_histories)
+    record = TrainingRecord(training_history)
     record.check_items(fingerprint_texts(items.sort("item")["itemid"]), "items")
-    history = record.history
-    measured = measured_versions.get(weights_version)
+    measured = measured_versions.get(record.version)
     return {
         "dataset": dataset,
-        "weights_version": weights_version,
+        "weights_version": record.version,
         "sce_pipeline": __version__,
-        "model": history["parameters"]["model"],
+        "model": training_history["parameters"]["model"],
         "max_length": record.max_length,
-        "training": history["parameters"],
-        "data_processing": history["data_processing"],
-        "best_epoch": history["best_epoch"],
+        "training": training_history["parameters"],
+        "data_processing": training_history["data_processing"],
+        "best_epoch": training_history["best_epoch"],
         "n_parameters": sum(values.numel() for values in model_weights.values()),
         "metrics": measured() if measured else None,
     }

@@ -15,12 +15,10 @@ def create_pipeline() -> Pipeline:
                 describe_model,
                 inputs=[
                     "model_weights",
-                    "weights_version",
-                    "run_histories",
+                    "training_history",
                     "measured_versions",
                     "items",
                     "params:dataset",
-                    "params:loss",
                 ],
                 outputs="model_facts",
                 name="describe_model",

@@ -31,11 +31,9 @@ from sce_pipeline.provenance import fingerprint, fingerprint_texts
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.recommender import Recommender
 from sce_pipeline.recommendation.request import name_request
-from sce_pipeline.training_record import TrainingRecord, find_record
+from sce_pipeline.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
-
-Partitions = dict[str, Callable[[], Any]]
 
 N_EXAMPLES = 10
 """Unknown ids of a list that are named."""
@@ -59,23 +57,17 @@ class SavedRecommender:
 
 def load_recommender(
     model_weights: dict[str, torch.Tensor],
-    weights_version: str,
-    run_histories: Partitions,
-    dataset: str,
-    loss: str,
+    training_history: dict[str, Any],
     recommendation: RecommendationParameters,
 ) -> SavedRecommender:
     """Put the trained model on the device that is to recommend.
 
     The model is that of the weights' training history, whatever this run would train.
-
-    Raises:
-        ValueError: The training history of these weights is not there.
     """
-    record = find_record(dataset, loss, weights_version, run_histories)
+    record = TrainingRecord(training_history)
     model = load_model(record.model, model_weights, record.max_length)
     identity = {
-        "weights_version": weights_version,
+        "weights_version": record.version,
         "weights": fingerprint({name: values.numpy() for name, values in model_weights.items()}),
         "model": record.model.model_dump(mode="json"),
         "max_length": record.max_length,

@@ -19,14 +19,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 load_recommender,
-                inputs=[
-                    "model_weights",
-                    "weights_version",
-                    "run_histories",
-                    "params:dataset",
-                    "params:loss",
-                    "params:recommendation",
-                ],
+                inputs=["model_weights", "training_history", "params:recommendation"],
                 outputs="recommender",
                 name="load_recommender",
             ),

@@ -16,6 +16,7 @@ from sce_pipeline.pipelines.reporting.tables import (
     tabulate_examples,
     tabulate_metrics,
 )
+from sce_pipeline.provenance import ITEM_STAMP, fingerprint_texts
 
 N_EXAMPLES = 10
 """Users whose recommendations are shown."""
@@ -37,8 +38,13 @@ def show_recommendations(
     Returns:
         One row a user: ``user`` (original id), ``had_last`` and ``recommended`` (titles, a line
         each, the latest and the best first), ``took`` (title and rank of the target).
+
+    Raises:
+        ValueError: The rankings are of other items or users than the data of now.
     """
-    titles = items.sort("item").select(pl.coalesce("title", "itemid")).to_series().to_list()
+    items = items.sort("item")
+    _check_rankings(test_rankings, test_sequences, items)
+    titles = items.select(pl.coalesce("title", "itemid")).to_series().to_list()
     ids = users.sort("user")["userid"].to_list()
     places = {user: place for place, user in enumerate(test_sequences["users"].tolist())}
     n_users = len(test_rankings["users"])
@@ -63,6 +69,36 @@ def show_recommendations(
             }
         )
     return pl.DataFrame(rows)
+
+
+def _check_rankings(
+    test_rankings: dict[str, np.ndarray], test_sequences: dict[str, np.ndarray], items: pl.DataFrame
+) -> None:
+    """Check that rankings, which stay as they were, are of the data of now."""
+    remedy = (
+        "run the pipeline evaluation on the data of now, or restore the log and the parameters "
+        "that the rankings were made with and run the pipeline data_processing"
+    )
+    if ITEM_STAMP not in test_rankings:
+        raise ValueError(
+            "test_rankings does not say which items it numbers, as an earlier version of "
+            "sce_pipeline made it; run the pipeline evaluation again"
+        )
+    ranked = test_rankings[ITEM_STAMP].tobytes().decode()
+    if ranked != (numbered := fingerprint_texts(items["itemid"])):
+        raise ValueError(
+            "test_rankings is of other items than those of now, or of items in another order: the "
+            f"{ITEM_STAMP} is {ranked} in test_rankings, but {numbered} in items; {remedy}"
+        )
+    ranked_users, held_out_users = (
+        [arrays[name][np.argsort(arrays["users"])] for name in ("users", "targets")]
+        for arrays in (test_rankings, test_sequences)
+    )
+    if not np.array_equal(ranked_users, held_out_users):
+        raise ValueError(
+            "test_rankings is of other users or targets than test_sequences, which were made "
+            f"since; {remedy}"
+        )
 
 
 def report_run(

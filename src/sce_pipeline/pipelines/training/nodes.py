@@ -13,7 +13,7 @@ from sce_pipeline.parameters import (
     EvaluationParameters,
     TrainingParameters,
 )
-from sce_pipeline.provenance import ITEM_STAMP, check_stamp, read_item_stamp, read_stamp
+from sce_pipeline.provenance import check_stamp, read_item_stamp, read_origin
 from sce_pipeline.training.fit import fit
 
 Sequences = dict[str, np.ndarray]
@@ -49,5 +49,4 @@ def train_model(
     """Train with the selected loss; returns the best weights and the training history."""
     train, validation = training_data["train"], training_data["validation"]
     weights, history = fit(train, validation, checkpoints, training, evaluation.filter_seen)
-    made_with = {"data_processing": read_stamp(train), ITEM_STAMP: read_item_stamp(train)}
-    return weights, {**made_with, **history}
+    return weights, {**read_origin(train), **history}
