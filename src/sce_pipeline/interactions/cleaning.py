@@ -14,7 +14,7 @@ from sce_pipeline.interactions.columns import (
     identifiers,
     require_columns,
 )
-from sce_pipeline.interactions.engines import spill
+from sce_pipeline.interactions.engines import end_plan
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.rejections import KEPT, describe, explain, fate, set_aside
 from sce_pipeline.interactions.reports import Report, collect_rows, counts
@@ -22,6 +22,7 @@ from sce_pipeline.interactions.timestamps import (
     EPOCH,
     MICROSECOND,
     Unit,
+    reach_units,
     read_timestamps,
     to_datetime,
     to_microseconds,
@@ -76,7 +77,7 @@ def clean_interactions(
         spans_lines=_spans_lines(log, set(roles.values())),
         timestamp=nw.col(columns.timestamp),
     )
-    read = spill(read_timestamps(read, "timestamp", columns.timestamp))
+    read = end_plan(read_timestamps(read, "timestamp", columns.timestamp))
     raw, unit = _survey(read)
     if raw["rows"] == 0:
         raise InteractionsError(f"{table} has no rows")
@@ -114,7 +115,8 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
             items=nw.col("item").n_unique(),
             missing_users=nw.col("user").null_count(),
             missing_items=nw.col("item").null_count(),
-            magnitude=nw.col("number").abs().median(),
+            numbers=nw.col("number").count(),
+            **reach_units(nw.col("number")),
         )
     )
     raw = {
@@ -122,7 +124,7 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
         "users": survey["users"] - (survey["missing_users"] > 0),  # missing counts as one
         "items": survey["items"] - (survey["missing_items"] > 0),
     }
-    return raw, unit_of(survey["magnitude"])
+    return raw, unit_of(survey)
 
 
 def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, dict[str, Any]]:

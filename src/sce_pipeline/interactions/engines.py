@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
 
 import narwhals.stable.v2 as nw
 
@@ -10,7 +11,7 @@ import narwhals.stable.v2 as nw
 def hold(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
     """Compute a frame now, so that what is made of it does not compute it again.
 
-    Polars holds it in memory, Spark as :func:`spill` does; other engines compute it again.
+    Polars holds it in memory, others as :func:`spill` does.
     """
     if frame.implementation.is_polars():
         return frame.collect().lazy()
@@ -20,10 +21,18 @@ def hold(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
 def spill(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
     """Compute a frame of any size now where the engine has room for it besides the memory.
 
-    Spark's executors have: it takes their memory and then their disks. It also ends a plan, whose
-    conditions Spark writes out down to the columns it began with. Polars would hold all of it in
-    memory, and streams through it again.
+    Spark's executors have, and DuckDB: they take memory and then disks. Polars would hold all of it
+    in memory, and streams through it again.
     """
+    if frame.implementation.is_duckdb():
+        name, native = f"held_{uuid4().hex}", frame.to_native()
+        native.query("frame", f"CREATE TEMP TABLE {name} AS FROM frame")
+        return nw.from_native(native.query("frame", f"FROM {name}"))
+    return end_plan(frame)
+
+
+def end_plan(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
+    """Spill a frame where plans grow: Spark writes conditions out down to the first columns."""
     if frame.implementation.is_pyspark():
         return nw.from_native(frame.to_native().localCheckpoint())
     return frame

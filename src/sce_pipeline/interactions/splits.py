@@ -9,14 +9,14 @@ from datetime import datetime
 from typing import Any
 
 import narwhals.stable.v2 as nw
-import numpy as np
 
 from sce_pipeline.interactions.engines import spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.parts import CONTEXT, IN_TIME, PARTS, TEST, TRAIN, VALIDATION
+from sce_pipeline.interactions.quantiles import nearest_quantile
 from sce_pipeline.interactions.reports import Report, collect_rows, counts
 from sce_pipeline.interactions.split_checks import check_parts, check_size
-from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND, at
+from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND, at, since_epoch
 from sce_pipeline.parameters import LeaveOneOutSplit, TemporalSplit
 
 _ROWS_FOR_TEST, _ROWS_FOR_VALIDATION = 2, 3
@@ -157,22 +157,12 @@ def _number(log: nw.LazyFrame[Any], *group: str) -> nw.LazyFrame[Any]:
 
 
 def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, datetime]:
-    """The moments from which on rows are validation and test rows.
-
-    NumPy takes the quantile because its "nearest" rounds halves as the paper's pandas does; the
-    engines have rules of their own.
-    """
-    timestamps = log.select("timestamp").collect()["timestamp"].to_numpy()
-    microseconds = timestamps.astype("datetime64[us]").astype(np.int64)
-    quantiles = (
-        [split.validation_cut, split.quantile]
-        if split.train_users == "all"
-        else [split.quantile, split.quantile]
-    )
-    validation, test = (
-        EPOCH + int(cut) * MICROSECOND
-        for cut in np.quantile(microseconds, quantiles, method="nearest")
-    )
+    """The moments from which on rows are validation and test rows."""
+    numbers = log.select(number=since_epoch(nw.col("timestamp")).cast(nw.Int64))
+    test = EPOCH + nearest_quantile(numbers, split.quantile) * MICROSECOND
+    validation = test
+    if split.train_users == "all":
+        validation = EPOCH + nearest_quantile(numbers, split.validation_cut) * MICROSECOND
     if split.train_users == "all" and validation == test:
         raise InteractionsError(
             f"The validation and the test cut fall on the same moment, {test.isoformat()}: choose "

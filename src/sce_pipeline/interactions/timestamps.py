@@ -8,6 +8,7 @@ Text holds a number or an ISO 8601 date, with or without a time and a time zone,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -62,14 +63,22 @@ _TELLING = 1e8
 """From here on a number tells its unit: seconds of 1973 are milliseconds of January 1970."""
 
 
-def unit_of(magnitude: float | None) -> Unit:
-    """Tell the unit of numbers by their typical magnitude; a log without numbers has dates.
+def reach_units(number: nw.Expr) -> dict[str, nw.Expr]:
+    """Count the numbers that are large enough for each unit."""
+    return {unit.name: (number.abs() >= unit.at_least).cast(nw.Int64).sum() for unit in _UNITS}
+
+
+def unit_of(counted: Mapping[str, Any]) -> Unit:
+    """Tell the unit of numbers by what half of them reach; a log without numbers has dates.
 
     1e11 is the year 1973 in milliseconds and the year 5138 in seconds.
+
+    Args:
+        counted: The ``numbers``, and how many of them ``reach_units``.
     """
-    if magnitude is None or math.isnan(magnitude):
+    if not counted["numbers"]:
         return Unit("dates", 1.0, math.inf)
-    return next(unit for unit in _UNITS if magnitude >= unit.at_least)
+    return next(unit for unit in _UNITS if 2 * counted[unit.name] >= counted["numbers"])
 
 
 def read_timestamps(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFrame[Any]:
@@ -133,7 +142,7 @@ def _read_moments(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
             nw.when(is_date).then(_spell_moment(moment)).otherwise(outside)
         ),
         number=nw.lit(None, nw.Float64),
-        date=_since_epoch(moment).cast(nw.Int64),
+        date=since_epoch(moment).cast(nw.Int64),
     )
 
 
@@ -231,7 +240,7 @@ def _read_text(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
     ahead = nw.when(offset.str.starts_with("-")).then(-nw.col("ahead")).otherwise(nw.col("ahead"))
     minutes = nw.col("hours") * 60 + nw.col("minutes") - ahead
     log = log.with_columns(time=(minutes * 60 + nw.col("seconds")) * 1_000_000)
-    return log.with_columns(date=_since_epoch(nw.col("day")) + _round(nw.col("time")))
+    return log.with_columns(date=since_epoch(nw.col("day")) + _round(nw.col("time")))
 
 
 def _number(digits: nw.Expr) -> nw.Expr:
@@ -247,7 +256,7 @@ def _spell_moment(moment: nw.Expr) -> nw.Expr:
     return nw.concat_str(moment.dt.to_string("%Y-%m-%d %H:%M:%S"), nw.lit("."), fraction)
 
 
-def _since_epoch(moment: nw.Expr) -> nw.Expr:
+def since_epoch(moment: nw.Expr) -> nw.Expr:
     """Microseconds since 1970, out of the parts of a moment, which every engine can tell."""
     past = moment.dt.year().cast(nw.Int64) - 1  # whole years before
     days = past * 365 + past // 4 - past // 100 + past // 400 + moment.dt.ordinal_day()
