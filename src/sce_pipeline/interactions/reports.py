@@ -18,6 +18,28 @@ def collect_rows(frame: nw.LazyFrame[Any]) -> list[dict[str, Any]]:
     ]
 
 
+def tally(
+    log: nw.LazyFrame[Any], by: str, *, rows: nw.Expr | None = None, **more: nw.Expr
+) -> dict[str, Report]:
+    """Count ``rows``, distinct ``users`` and ``items`` for each value of a column, and more.
+
+    Distinct ones are counted apart: to count them beside something else, engines hold all of them.
+
+    Args:
+        log: Columns user, item and ``by``, a text.
+        by: The column.
+        rows: What counts the rows, if not each row is one.
+        more: What else is told of each value.
+    """
+    of_rows = log.group_by(by).agg(rows=nw.len() if rows is None else rows, **more)
+    tallies = {row.pop(by): row for row in collect_rows(of_rows.sort(by))}
+    for name, column in {"users": "user", "items": "item"}.items():
+        distinct = log.select(by, column).unique().group_by(by).agg(distinct=nw.len())
+        for row in collect_rows(distinct):
+            tallies[row[by]][name] = row["distinct"]
+    return tallies
+
+
 def _plain(value: Any) -> Any:
     """Sums of DuckDB's are decimals, as they may be longer than 64 bits."""
     return int(value) if isinstance(value, Decimal) else value
