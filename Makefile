@@ -22,6 +22,9 @@ test-gpu: $(INSTALLED)
 test-spark: $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[spark]'
 	$(BIN)/python -m pytest tests/interactions/test_engines.py tests/pipelines/test_spark.py
+	$(BIN)/python -m pytest --on-spark tests/interactions/test_cleaning.py \
+		tests/interactions/test_filters.py tests/interactions/test_splits.py \
+		tests/interactions/test_encoding.py tests/interactions/test_build_sequences.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

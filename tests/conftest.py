@@ -23,6 +23,12 @@ settings.register_profile("untimed", deadline=None)  # how long a test takes is 
 settings.load_profile("untimed")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on-spark", action="store_true", help="run the tests of interactions on Spark"
+    )
+
+
 class Project:
     """A copy of the project's configuration in an empty folder, to run pipelines in."""
 
@@ -95,9 +101,9 @@ def spark():
         "spark.driver.memory": "1g",
         "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
         "spark.sql.adaptive.enabled": "false",
-        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
         "spark.sql.codegen.wholeStage": "false",
         "spark.sql.shuffle.partitions": "2",
+        "spark.sql.timestampType": "TIMESTAMP_NTZ",  # what times of frames from here become
         "spark.ui.enabled": "false",
     }
     session = SparkSession.builder.master("local[2]").config(map=options | quick).getOrCreate()

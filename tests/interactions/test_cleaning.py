@@ -22,7 +22,8 @@ def clean_all(**columns):
     defaults = {"who": ["u"] * length, "what": ["i"] * length, "when": [NOON_SECONDS] * length}
     frame = pl.LazyFrame(defaults | columns | {"row": range(length)})
     cleaned, rejected, report = clean_interactions(nw.from_native(frame), COLUMNS)
-    return cleaned.to_native().collect(), rejected.to_native().collect(), report
+    tables = (frame.collect(backend="polars").to_native() for frame in (cleaned, rejected))
+    return *tables, report
 
 
 def clean(**columns):

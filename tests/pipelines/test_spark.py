@@ -75,7 +75,8 @@ def test_spark_gives_what_polars_gives(project, dataset):
     project.run(pipelines=["data_processing"], dataset=dataset)
     expected = load(project, dataset)
     project.run(env="spark", pipelines=["data_processing"], dataset=dataset)
-    assert project.path("05_model_input", dataset, "encoded_interactions.parquet").is_dir()
+    parts = project.path("05_model_input", dataset, "encoded_interactions.parquet").iterdir()
+    assert [file.suffix for file in parts] == [".parquet", ".parquet"]
     assert_same(load(project, dataset), expected)
 
 

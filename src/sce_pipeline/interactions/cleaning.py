@@ -119,10 +119,11 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
             **reach_units(nw.col("number")),
         )
     )
+    distinct = {name: survey[name] or 0 for name in ("users", "items")}  # no number if no rows
     raw = {
         "rows": survey["rows"],
-        "users": survey["users"] - (survey["missing_users"] > 0),  # missing counts as one
-        "items": survey["items"] - (survey["missing_items"] > 0),
+        "users": distinct["users"] - (survey["missing_users"] > 0),  # missing counts as one
+        "items": distinct["items"] - (survey["missing_items"] > 0),
     }
     return raw, unit_of(survey)
 

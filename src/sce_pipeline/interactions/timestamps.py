@@ -93,13 +93,19 @@ def read_timestamps(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFr
         name: What the file calls them, for errors.
 
     Returns:
-        The log with more columns. ``raw`` is what a row holds, as text; ``is_missing`` and
-        ``is_date`` say what it is, ``number`` is null where there is none, and ``date`` counts
-        microseconds, 0 where there is no date.
+        The log with others in place of the column. ``raw`` is what a row holds, as text;
+        ``is_missing`` and ``is_date`` say what it is, ``number`` is null where there is none, and
+        ``date`` counts microseconds, 0 where there is no date.
 
     Raises:
         InteractionsError: The column holds neither text, nor numbers, nor dates.
     """
+    others = [other for other in log.collect_schema().names() if other != column]
+    found = ("raw", "is_missing", "number", "is_date", "date")
+    return _read(log, column, name).select(*others, *found)
+
+
+def _read(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFrame[Any]:
     dtype = log.collect_schema()[column]
     found = nw.col(column)
     if dtype in (nw.String, nw.Categorical, nw.Enum):
