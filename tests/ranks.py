@@ -23,7 +23,7 @@ class Ranks:
     """
 
     def __init__(self, world: int, store: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self.connections = []
         self.processes = []
         for rank in range(world):
