@@ -38,6 +38,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Let go of it all at the end."""
+    gc.unfreeze()
+
+
 class Project:
     """A copy of the project's configuration in an empty folder, to run pipelines in."""
 
