@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import csv
 import gc
+import multiprocessing
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
+import omegaconf
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, grammar_parser
 
 from helpers import ROOT
 from ranks import Ranks
@@ -21,6 +25,22 @@ if not torch.cuda.is_available():  # then Triton's kernels are interpreted
 torch.set_num_threads(1)  # tests run side by side, a process on each core
 settings.register_profile("untimed", deadline=None)  # how long a test takes is the machine's affair
 settings.load_profile("untimed")
+# Importing torch takes a process seconds: those forked from one that has done so begin at once.
+multiprocessing.set_forkserver_preload(["torch._dynamo", "sce_pipeline.training.fit"])
+# Most of the time of loading a configuration goes into YAML and the grammar of interpolations.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+omegaconf.base.parse = omegaconf._utils.parse = cache(grammar_parser.parse)
+
+
+def pytest_collection_finish():
+    """Let collections of garbage pass over all that is there by now, which takes most of them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let go of it all at the end."""
+    gc.unfreeze()
 
 
 def pytest_addoption(parser):
@@ -55,15 +75,6 @@ class Project:
     def versions(self, *parts: str) -> list[Path]:
         """All versions of a versioned file, oldest first."""
         return sorted(self.path(*parts).glob(f"*/{parts[-1]}"))
-
-
-@pytest.fixture(scope="module")
-def frozen_heap():
-    """Let collections of garbage pass over all that is there by now, which takes most of them."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 import sce_pipeline.collectives  # noqa: F401 - before there is a group, for the reason given there
+from interpreted import hasten_interpreter
 
 
 class Ranks:
@@ -23,7 +24,7 @@ class Ranks:
     """
 
     def __init__(self, world: int, store: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self.connections = []
         self.processes = []
         for rank in range(world):
@@ -57,6 +58,7 @@ class Ranks:
 
 def _serve(rank: int, world: int, store: Path, connection: Any) -> None:
     torch.set_num_threads(1)
+    hasten_interpreter()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while (task := connection.recv()) is not None:
         function, arguments = task

@@ -40,12 +40,16 @@ DATASETS = sorted(load()["parameters"]["dataset_presets"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dataset", [*DATASETS, "a_log_without_a_preset"])
 def test_every_loss_goes_with_every_data_set(dataset, loss):
-    config = load(dataset=dataset, loss=loss, seed=7)
-    training = parse(config)
+    training = parse(load(dataset=dataset, loss=loss, seed=7))
     assert training.loss.name == loss
     assert training.seed == 7
     assert build_loss(training.loss)
-    assert f"/{dataset}/{loss}/" in config["catalog"]["metrics"]["filepath"]
+
+
+@pytest.mark.parametrize("dataset", [*DATASETS, "a_log_without_a_preset"])
+def test_every_data_set_has_a_folder_for_each_loss(dataset):
+    catalog = load(dataset=dataset, loss="gbce")["catalog"]
+    assert f"/{dataset}/gbce/" in catalog["metrics"]["filepath"]
 
 
 @pytest.mark.parametrize("model", MODELS)

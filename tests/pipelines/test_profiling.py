@@ -20,8 +20,6 @@ from sce_pipeline.pipelines.profiling.figures import (
 )
 from sce_pipeline.pipelines.profiling.nodes import SCHEMA
 
-pytestmark = pytest.mark.usefixtures("frozen_heap")
-
 SMALL_PROFILE = {
     "effort": {"n_warm_up_steps": 0, "n_steps": 1},
     "grid": {"losses": ["ce", "sce"], "n_items": [30, 600], "batch_size": [4], "length": 8},

@@ -26,8 +26,6 @@ PROFILING = ProfilingParameters.model_validate(
 )
 MB, GB = 2**20, 2**30
 
-pytestmark = pytest.mark.usefixtures("frozen_heap")
-
 
 def suggest(project, *before, **suggestion):
     profiling = {

@@ -15,8 +15,6 @@ from sce_pipeline.profiling.grid import draw_sequences
 from sce_pipeline.profiling.limits import free_bytes
 from sce_pipeline.profiling.steps import measure_cost, on_one_device
 
-pytestmark = pytest.mark.usefixtures("frozen_heap")
-
 N_ITEMS, LENGTH = 3000, 6
 SEQUENCES = draw_sequences(N_ITEMS, 40, LENGTH, seed=0)
 FREE = 10**9

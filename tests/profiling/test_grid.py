@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import pytest
 import torch
 from preset_losses import EFFORT, loss_of
 
@@ -14,8 +13,6 @@ from sce_pipeline.profiling import grid as grid_module
 from sce_pipeline.profiling.grid import draw_sequences, measure_grid
 from sce_pipeline.profiling.memory import Memory
 from sce_pipeline.profiling.steps import Cost
-
-pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 LOSSES = {name: loss_of(name) for name in ("ce", "cce")}
 

@@ -17,8 +17,6 @@ from sce_pipeline.profiling.grid import draw_sequences
 from sce_pipeline.profiling.steps import measure_cost, on_one_device
 from sce_pipeline.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("frozen_heap")
-
 N_ITEMS, LENGTH, WIDTH, N_SEQUENCES = 5000, 10, 16, 24
 SEQUENCES = draw_sequences(N_ITEMS, N_SEQUENCES, LENGTH, seed=0)
 TABLE = 4 * N_ITEMS * WIDTH

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 from walks import CCE_OPTIONS, N_ITEMS, NO_DROPOUT, train
 
 from helpers import make_training
@@ -143,6 +144,17 @@ def is_running(process):
     return state.exists() and state.read_text().split()[2] != "Z"
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Ranks begin without the seconds of imports that those launched elsewhere here spend."""
+
+    def configure(**options):
+        return LaunchConfig(**{**options, "start_method": "forkserver"})
+
+    monkeypatch.setattr(ranks_module, "LaunchConfig", configure)
+
+
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_asked_in_different_steps_end_after_the_same_and_lose_nothing(tmp_path, monkeypatch):
     loss = {"name": "ce_minus", "n_negatives": 8, "exclude": "target", "impl": "auto"}
     loss |= {"shared": "token", "log_correction": True}
@@ -181,6 +193,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         launch(2, torch.device("cuda"), fail)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("item_table", ["replicated", "sharded"])
 def test_two_ranks_train_as_one_does(tmp_path, caplog, monkeypatch, item_table):
     loss = {"name": "cce", **CCE_OPTIONS, "logq_correction": True}
@@ -204,6 +217,7 @@ def test_two_ranks_train_as_one_does(tmp_path, caplog, monkeypatch, item_table):
             assert other[key] == pytest.approx(epoch[key], rel=1e-3)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_damaged_shard_takes_all_ranks_back_to_the_state_before_and_loses_nothing(
     tmp_path, caplog
 ):

@@ -17,7 +17,7 @@ from sce_pipeline.interactions.columns import (
 from sce_pipeline.interactions.engines import end_plan
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.rejections import KEPT, describe, explain, fate, set_aside
-from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.interactions.reports import Report, collect_rows, counts, tally
 from sce_pipeline.interactions.timestamps import (
     EPOCH,
     MICROSECOND,
@@ -129,21 +129,16 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
 
 
 def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, dict[str, Any]]:
-    """Count the rows of each fate, in one pass over the log."""
-    tallies = (
-        labelled.with_columns(**{doubt: is_so.cast(nw.Int64) for doubt, is_so in _doubts().items()})
-        .group_by("fate")
-        .agg(
-            rows=nw.len(),
-            users=nw.col("user").n_unique(),
-            items=nw.col("item").n_unique(),
-            first_row=nw.col("row").min(),
-            first=nw.col("microseconds").min(),
-            last=nw.col("microseconds").max(),
-            **{doubt: nw.col(doubt).sum() for doubt in _doubts()},
-        )
+    """Count the rows of each fate."""
+    doubts = {doubt: is_so.cast(nw.Int64) for doubt, is_so in _doubts().items()}
+    return tally(
+        labelled.with_columns(**doubts),
+        "fate",
+        first_row=nw.col("row").min(),
+        first=nw.col("microseconds").min(),
+        last=nw.col("microseconds").max(),
+        **{doubt: nw.col(doubt).sum() for doubt in doubts},
     )
-    return {tally["fate"]: tally for tally in collect_rows(tallies.sort("fate"))}
 
 
 def _doubts() -> dict[str, nw.Expr]:

@@ -14,7 +14,7 @@ from sce_pipeline.interactions.engines import spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.parts import CONTEXT, IN_TIME, PARTS, TEST, TRAIN, VALIDATION
 from sce_pipeline.interactions.quantiles import nearest_quantile
-from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.interactions.reports import Report, counts, tally
 from sce_pipeline.interactions.split_checks import check_parts, check_size
 from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND, at, since_epoch
 from sce_pipeline.parameters import LeaveOneOutSplit, TemporalSplit
@@ -173,7 +173,7 @@ def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, dateti
 
 
 def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, dict[str, int]]:
-    """Count every part and every reason for dropping, and the leaks, in one pass over the log."""
+    """Count every part and every reason for dropping, and the leaks."""
     is_train = nw.col("part") == TRAIN
     is_target = nw.col("part").is_in([VALIDATION, TEST])
     checked = _number(labelled, "user").with_columns(
@@ -183,22 +183,12 @@ def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, 
     is_late = (nw.col("n_so_far") > nw.col("first_target")).fill_null(False)
     if cuts:
         is_late = is_late | (nw.col("timestamp") >= at(min(cuts.values())))
-    by_part = (
-        checked.with_columns(
-            leaks=(is_train & is_late).cast(nw.Int64),
-            unseen=(~nw.col("is_seen")).cast(nw.Int64),
-            without_history=nw.col("without_history").cast(nw.Int64),
-        )
-        .group_by("part")
-        .agg(
-            rows=nw.len(),
-            users=nw.col("user").n_unique(),
-            items=nw.col("item").n_unique(),
-            leaks=nw.col("leaks").sum(),
-            unseen=nw.col("unseen").sum(),
-            without_history=nw.col("without_history").sum(),
-        )
-    )
+    sums = {
+        "leaks": is_train & is_late,
+        "unseen": ~nw.col("is_seen"),
+        "without_history": nw.col("without_history"),
+    }
+    checked = checked.with_columns(**{name: is_so.cast(nw.Int64) for name, is_so in sums.items()})
     empty = dict.fromkeys(("rows", "users", "items", "leaks", "unseen", "without_history"), 0)
-    tallies = {row.pop("part"): row for row in collect_rows(by_part.sort("part"))}
+    tallies = tally(checked, "part", **{name: nw.col(name).sum() for name in sums})
     return dict.fromkeys(PARTS, empty) | tallies
