@@ -8,6 +8,15 @@ from uuid import uuid4
 import narwhals.stable.v2 as nw
 
 
+def collect_all(frames: list[nw.LazyFrame[Any]]) -> list[nw.DataFrame[Any]]:
+    """Compute frames that are made of the same one; Polars computes that once."""
+    if all(frame.implementation.is_polars() for frame in frames):
+        import polars as pl  # noqa: PLC0415 - other engines do without it
+
+        return [nw.from_native(found) for found in pl.collect_all([f.to_native() for f in frames])]
+    return [frame.collect() for frame in frames]
+
+
 def hold(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
     """Compute a frame now, so that what is made of it does not compute it again.
 

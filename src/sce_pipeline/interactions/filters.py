@@ -6,7 +6,7 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.engines import hold
+from sce_pipeline.interactions.engines import hold, spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.reports import Report, collect_rows, counts, tally
 from sce_pipeline.parameters import Filters
@@ -30,7 +30,7 @@ def filter_interactions(
     all_pairs = interactions.group_by("user", "item").agg(rows=nw.len())
     pairs, passes, rare, brief = all_pairs, 0, 0, 0
     while True:
-        labelled = _label(pairs, filters)
+        labelled = spill(_label(pairs, filters))
         tallies = _tally(labelled)
         passes += 1
         rare += tallies["rare"]["rows"]

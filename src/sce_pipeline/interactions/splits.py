@@ -189,6 +189,6 @@ def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, 
         "without_history": nw.col("without_history"),
     }
     checked = checked.with_columns(**{name: is_so.cast(nw.Int64) for name, is_so in sums.items()})
-    empty = dict.fromkeys(("rows", "users", "items", "leaks", "unseen", "without_history"), 0)
-    tallies = tally(checked, "part", **{name: nw.col(name).sum() for name in sums})
-    return dict.fromkeys(PARTS, empty) | tallies
+    found = tally(checked, "part", **{name: nw.col(name).sum() for name in sums})
+    empty = dict.fromkeys(("rows", "users", "items", *sums), 0)
+    return dict.fromkeys(PARTS, empty) | found
