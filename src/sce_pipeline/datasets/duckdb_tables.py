@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import duckdb
 from kedro.io import AbstractDataset, DatasetError
 
 from sce_pipeline.datasets.raw_table import RawTableDataset
@@ -26,7 +26,16 @@ def connect(memory_limit: str, spill_folder: str) -> DuckDBPyConnection:
     Args:
         memory_limit: What DuckDB may take of the memory, such as ``4GB``.
         spill_folder: Where it puts what is more than that, until the process ends.
+
+    Raises:
+        ModuleNotFoundError: DuckDB is not installed.
     """
+    if find_spec("duckdb") is None:
+        raise ModuleNotFoundError(
+            "The environment needs DuckDB: pip install 'sce-pipeline[duckdb]'"
+        )
+    import duckdb  # noqa: PLC0415
+
     folder = Path(spill_folder)
     folder.mkdir(parents=True, exist_ok=True)
     connection = duckdb.connect(
