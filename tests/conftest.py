@@ -15,7 +15,7 @@ import yaml
 from hypothesis import settings
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
-from omegaconf import grammar_parser
+from omegaconf import OmegaConf, grammar_parser
 
 from helpers import ROOT
 from ranks import Ranks
@@ -41,6 +41,12 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     """Let go of it all at the end."""
     gc.unfreeze()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on-spark", action="store_true", help="run the tests of interactions on Spark"
+    )
 
 
 class Project:
@@ -91,3 +97,26 @@ def three_ranks(tmp_path_factory):
     ranks = Ranks(3, tmp_path_factory.mktemp("ranks") / "store")
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def spark():
+    """Spark in this process, with the project's options and others that suit small data."""
+    pytest.importorskip("pyspark", reason="the extra spark is not installed")
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("Spark needs Java")
+    from pyspark.sql import SparkSession  # noqa: PLC0415
+
+    options = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/spark/spark.yml"))
+    quick = {
+        "spark.driver.memory": "1g",
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+        "spark.sql.adaptive.enabled": "false",
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.shuffle.partitions": "2",
+        "spark.sql.timestampType": "TIMESTAMP_NTZ",  # what times of frames from here become
+        "spark.ui.enabled": "false",
+    }
+    session = SparkSession.builder.master("local[2]").config(map=options | quick).getOrCreate()
+    yield session
+    session.stop()

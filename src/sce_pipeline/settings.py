@@ -12,6 +12,7 @@ from sce_pipeline.hooks import (
     VersionHooks,
 )
 from sce_pipeline.resolvers import choose, merge
+from sce_pipeline.spark import SparkHooks
 from sce_pipeline.tracking import TrackingHooks
 
 HOOKS = (
@@ -23,6 +24,7 @@ HOOKS = (
     TrackingHooks(),
     ReportHooks(),
     OneRunHooks(),
+    SparkHooks(),
 )
 
 # .telemetry says no in the repository; this says it wherever the package runs.
@@ -33,5 +35,6 @@ CONFIG_LOADER_ARGS = {
     "default_run_env": "local",
     # An experiment or --params changes single values and keeps their neighbours.
     "merge_strategy": {"globals": "soft", "parameters": "soft"},
+    "config_patterns": {"spark": ["spark.yml"]},
     "custom_resolvers": {"choose": choose, "merge": merge},
 }

@@ -7,6 +7,45 @@ import polars as pl
 from hypothesis import strategies as st
 
 EPOCH = datetime(1970, 1, 1)
+NOON = datetime(2014, 7, 18, 12, 30, 5)
+NOON_SECONDS = 1405686605
+
+TEXTS = [
+    (f"{NOON_SECONDS}", NOON),
+    (f" {NOON_SECONDS}.0\n", NOON),
+    (f"{NOON_SECONDS}.25", NOON + timedelta(seconds=0.25)),
+    ("1.000001", datetime(1970, 1, 1, 0, 0, 1, 1)),  # in binary a little less
+    ("1.405686605e9", NOON),
+    ("-1", datetime(1969, 12, 31, 23, 59, 59)),
+    ("2014-07-18", datetime(2014, 7, 18)),
+    ("2014-07-18T12:30", datetime(2014, 7, 18, 12, 30)),
+    ("2014-07-18 12:30:05", NOON),
+    ("2014-07-18T12:30:05.123456", NOON + timedelta(microseconds=123456)),
+    ("2014-07-18T12:30:05Z", NOON),
+    ("2014-07-18 12:30:05 UTC", NOON),
+    ("2014-07-18T14:30:05+02:00", NOON),
+    ("2014-07-18T10:00:05-0230", NOON),
+    ("2014-07-18T14:30:05.5+02", NOON + timedelta(seconds=0.5)),
+    ("2012-02-29", datetime(2012, 2, 29)),
+    ("0001-01-01", datetime(1, 1, 1)),
+    ("9999-12-31T23:59:59.999999", datetime(9999, 12, 31, 23, 59, 59, 999999)),
+    ("2014-02-29", None),
+    ("1900-02-29", None),
+    ("2014-13-01", None),
+    ("2014-04-31", None),
+    ("2014-07-18T24:00", None),
+    ("2014-07-18T12:30:05+2", None),
+    ("0000-01-01", None),
+    ("0001-01-01T00:00+01:00", None),
+    ("9999-12-31T23:00-01:00", None),
+    ("18/07/2014", None),
+    ("yesterday", None),
+    ("1e30", None),
+    ("1e999", None),
+    ("nan", None),
+    ("١٤٠٥٦٨٦٦٠٥", None),
+]
+"""Timestamps as text, and the moment that each is, None where it is none."""
 
 small_logs = st.lists(
     st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 15)), min_size=1, max_size=40

@@ -25,9 +25,9 @@ def encode(pairs, titles=None):
     )
     table = None
     if titles is not None:
-        table = nw.from_native(pl.LazyFrame(titles).with_row_index("row"))
+        table = nw.from_native(pl.LazyFrame(titles).with_columns(row=pl.int_range(pl.len())))
     *frames, report = encode_interactions(nw.from_native(log), table, COLUMNS)
-    return *(frame.to_native().collect() for frame in frames), report
+    return *(frame.collect(backend="polars").to_native() for frame in frames), report
 
 
 def test_ids_are_numbered_and_everything_else_is_kept():

@@ -5,6 +5,7 @@ import json
 import logging
 
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
@@ -228,6 +229,22 @@ def test_a_later_node_runs_on_what_an_earlier_run_left_on_disk(tmp_path):
     whole = run(tmp_path)
     (tmp_path / "raw/interactions.csv").unlink()
     assert_same_outputs(whole, run(tmp_path, from_nodes=["data_processing.filter_interactions"]))
+
+
+def test_frames_of_pandas_go_through_all_nodes(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(LOG)
+    (tmp_path / "raw/items.csv").write_bytes(b"itemid,title\na,Apple\nb,Banana\na,Avocado\n")
+    expected = run(tmp_path)
+    catalog = make_catalog(tmp_path)
+    for name in ("raw_interactions", "item_titles"):
+        catalog[name] = MemoryDataset(catalog.load(name).collect().to_pandas())
+    steps = ("interactions", "filtered_interactions", "split_interactions", "encoded_interactions")
+    for name in (*steps, "rejected_interactions"):
+        catalog[name] = MemoryDataset()
+    SequentialRunner().run(create_pipeline(), catalog)
+    assert isinstance(catalog.load("rejected_interactions"), pd.DataFrame)
+    assert_same_outputs(expected, catalog)
 
 
 def assert_same_outputs(left, right):

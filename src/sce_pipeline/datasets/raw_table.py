@@ -63,6 +63,13 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
         self._optional = optional
         self.metadata = metadata
 
+    def find_files(self) -> list[Path]:
+        """List what there is under the names that a table may have."""
+        candidates = [
+            self._filepath.with_name(self._filepath.name + suffix) for suffix in _SUFFIXES
+        ]
+        return [file for file in candidates if os.path.lexists(file)]
+
     def load(self) -> pl.LazyFrame | None:
         """Find the file and begin to read it.
 
@@ -71,7 +78,7 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
                 What is a folder or a link to nowhere is no file either, and no reason to go on
                 without an optional table.
         """
-        files = self._find_files()
+        files = self.find_files()
         if len(files) > 1:
             raise DatasetError(
                 f"Expected one file, found {' and '.join(file.name for file in files)} in "
@@ -93,16 +100,10 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
         raise DatasetError(f"{self._filepath} is raw data and is only read, never written")
 
     def _exists(self) -> bool:
-        return bool(self._find_files())
+        return bool(self.find_files())
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix(), "optional": self._optional}
-
-    def _find_files(self) -> list[Path]:
-        candidates = [
-            self._filepath.with_name(self._filepath.name + suffix) for suffix in _SUFFIXES
-        ]
-        return [file for file in candidates if os.path.lexists(file)]
 
     def _describe_absence(self) -> str:
         folder, stem = self._filepath.parent, self._filepath.name

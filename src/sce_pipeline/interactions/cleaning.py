@@ -7,14 +7,22 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.columns import ROW, as_found, identifiers, require_columns
+from sce_pipeline.interactions.columns import (
+    ROW,
+    WHITE_SPACE,
+    as_found,
+    identifiers,
+    require_columns,
+)
+from sce_pipeline.interactions.engines import end_plan
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.rejections import KEPT, describe, explain, fate, set_aside
-from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.interactions.reports import Report, collect_rows, counts, tally
 from sce_pipeline.interactions.timestamps import (
     EPOCH,
     MICROSECOND,
     Unit,
+    reach_units,
     read_timestamps,
     to_datetime,
     to_microseconds,
@@ -67,12 +75,13 @@ def clean_interactions(
         raw_item=as_found(log, columns.item),
         row=nw.col(ROW).cast(nw.Int64),
         spans_lines=_spans_lines(log, set(roles.values())),
-        **read_timestamps(log, columns.timestamp),
+        timestamp=nw.col(columns.timestamp),
     )
+    read = end_plan(read_timestamps(read, "timestamp", columns.timestamp))
     raw, unit = _survey(read)
     if raw["rows"] == 0:
         raise InteractionsError(f"{table} has no rows")
-    labelled = read.with_columns(**to_microseconds(unit)).with_columns(fate=fate())
+    labelled = to_microseconds(read, unit).with_columns(fate=fate())
     fates = _tally(labelled)
     dropped = describe(labelled, fates)
     if KEPT not in fates:
@@ -106,33 +115,30 @@ def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
             items=nw.col("item").n_unique(),
             missing_users=nw.col("user").null_count(),
             missing_items=nw.col("item").null_count(),
-            magnitude=nw.col("number").abs().median(),
+            numbers=nw.col("number").count(),
+            **reach_units(nw.col("number")),
         )
     )
+    distinct = {name: survey[name] or 0 for name in ("users", "items")}  # no number if no rows
     raw = {
         "rows": survey["rows"],
-        "users": survey["users"] - (survey["missing_users"] > 0),  # missing counts as one
-        "items": survey["items"] - (survey["missing_items"] > 0),
+        "users": distinct["users"] - (survey["missing_users"] > 0),  # missing counts as one
+        "items": distinct["items"] - (survey["missing_items"] > 0),
     }
-    return raw, unit_of(survey["magnitude"])
+    return raw, unit_of(survey)
 
 
 def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, dict[str, Any]]:
-    """Count the rows of each fate, in one pass over the log."""
-    tallies = (
-        labelled.with_columns(**_doubts())
-        .group_by("fate")
-        .agg(
-            rows=nw.len(),
-            users=nw.col("user").n_unique(),
-            items=nw.col("item").n_unique(),
-            first_row=nw.col("row").min(),
-            first=nw.col("microseconds").min(),
-            last=nw.col("microseconds").max(),
-            **{doubt: nw.col(doubt).sum() for doubt in _doubts()},
-        )
+    """Count the rows of each fate."""
+    doubts = {doubt: is_so.cast(nw.Int64) for doubt, is_so in _doubts().items()}
+    return tally(
+        labelled.with_columns(**doubts),
+        "fate",
+        first_row=nw.col("row").min(),
+        first=nw.col("microseconds").min(),
+        last=nw.col("microseconds").max(),
+        **{doubt: nw.col(doubt).sum() for doubt in doubts},
     )
-    return {tally["fate"]: tally for tally in collect_rows(tallies.sort("fate"))}
 
 
 def _doubts() -> dict[str, nw.Expr]:
@@ -143,7 +149,7 @@ def _doubts() -> dict[str, nw.Expr]:
         return in_user | in_item
 
     return {
-        "space around an id": either(lambda text: text != text.str.strip_chars()),
+        "space around an id": either(lambda text: text != text.str.strip_chars(WHITE_SPACE)),
         "id that says it is missing": either(lambda text: text.is_in(_NAMES_OF_NOTHING)),
         ZERO_TIMESTAMP: nw.col("number").fill_null(1.0) == 0,
         "line break in another column, where a misplaced quote may hide rows": nw.col(

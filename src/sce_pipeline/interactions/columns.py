@@ -14,9 +14,17 @@ ROW = "row"
 _LARGEST_EXACT = {True: 2.0**24, False: 2.0**53}
 """Up to where whole numbers next to each other stay apart, by whether floats have 32 bits."""
 
-_UNREADABLE = "\\x00-\\x1f\\x7f-\\x9f\ufffd"  # control characters, and what replaces lost bytes
-_BLANK = "\\s\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_READABLE = f"^[^{_UNREADABLE}]*[^{_UNREADABLE}{_BLANK}][^{_UNREADABLE}]*$"
+_SPELT_OUT = 1e15  # larger numbers are written with an exponent
+
+WHITE_SPACE = (
+    "\t\n\v\f\r \x85\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+"""All that Unicode calls so; what an engine strips without being told varies."""
+
+# Searched for apart, without ^ and $: before which line breaks $ matches varies with the engine.
+_UNREADABLE = "[\\x00-\\x1f\\x7f-\\x9f\ufffd]"  # control characters, and what replaces lost bytes
+_VISIBLE = f"[^{WHITE_SPACE}]"
 
 
 def require_columns(frame: nw.LazyFrame[Any], roles: dict[str, str], table: str) -> None:
@@ -69,8 +77,7 @@ def identifiers(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
         return column.cast(nw.String)
     if dtype in (nw.String, nw.Categorical, nw.Enum):
         text = column.cast(nw.String)
-        # In Python's dialect $ also matches before a line break at the end.
-        is_readable = text.str.contains(_READABLE) & ~text.str.ends_with("\n")
+        is_readable = text.str.contains(_VISIBLE) & ~text.str.contains(_UNREADABLE)
         return nw.when(is_readable).then(text)
     raise InteractionsError(
         f"{table}: column {name!r} has the type {dtype}; ids must be strings or numbers"
@@ -80,5 +87,20 @@ def identifiers(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
 def as_found(frame: nw.LazyFrame[Any], name: str) -> nw.Expr:
     """Show a column of ids as text, readable or not; null where a number is none."""
     column = nw.col(name)
-    text = column.cast(nw.String)
-    return nw.when(~column.is_nan()).then(text) if frame.collect_schema()[name].is_float() else text
+    if frame.collect_schema()[name].is_float():
+        return nw.when(~column.is_nan()).then(spell_float(column))
+    return column.cast(nw.String)
+
+
+def spell_float(number: nw.Expr) -> nw.Expr:
+    """Write floats as text: whole and infinite ones alike on every engine, others as it does."""
+    is_short = number.abs() < _SPELT_OUT
+    whole = nw.when(is_short).then(number).otherwise(nw.lit(0.0)).cast(nw.Int64)
+    infinite = nw.when(number > 0).then(nw.lit("inf")).otherwise(nw.lit("-inf"))
+    return (
+        nw.when(is_short & (number == whole))
+        .then(nw.concat_str(whole.cast(nw.String), nw.lit(".0")))
+        .when(~number.is_finite() & ~number.is_nan())
+        .then(infinite)
+        .otherwise(number.cast(nw.String))
+    )

@@ -6,13 +6,15 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.columns import ROW, identifiers, require_columns
+from sce_pipeline.interactions.columns import ROW, WHITE_SPACE, identifiers, require_columns
+from sce_pipeline.interactions.engines import hold
 from sce_pipeline.interactions.parts import IN_TIME
 from sce_pipeline.interactions.reports import Report, collect_rows
 from sce_pipeline.parameters import ItemColumns
 
 _TABLE = "The table of items"
 _INTEGER = r"^-?[0-9]{1,18}$"
+_NO_DIGIT = "[^-0-9]"  # as $ may match before a line break
 
 
 def encode_interactions(
@@ -70,13 +72,15 @@ def number_ids(interactions: nw.LazyFrame[Any], id_name: str, index_name: str) -
         The numbers 0, 1, … (Int32) and the ids, in order.
     """
     ids = interactions.select(id_name).unique()
-    (are,) = collect_rows(ids.select(integers=nw.col(id_name).str.contains(_INTEGER).all()))
+    text = nw.col(id_name).str
+    is_integer = text.contains(_INTEGER) & ~text.contains(_NO_DIGIT)
+    (are,) = collect_rows(ids.select(integers=is_integer.all()))
     order = [id_name]
     if are["integers"]:
         ids = ids.with_columns(number=nw.col(id_name).cast(nw.Int64))
         order = ["number", id_name]  # 7 and 07 are different ids
     numbered = ids.with_row_index(index_name, order_by=order)
-    return numbered.select(nw.col(index_name).cast(nw.Int32), id_name).sort(index_name)
+    return hold(numbered.select(nw.col(index_name).cast(nw.Int32), id_name).sort(index_name))
 
 
 def _read_titles(table: nw.LazyFrame[Any], columns: ItemColumns) -> tuple[nw.LazyFrame[Any], int]:
@@ -88,7 +92,7 @@ def _read_titles(table: nw.LazyFrame[Any], columns: ItemColumns) -> tuple[nw.Laz
     text = nw.col(columns.title).cast(nw.String)
     titles = table.select(
         itemid=identifiers(table, columns.item, _TABLE),
-        title=nw.when(text.str.strip_chars() != "").then(text),
+        title=nw.when(text.str.strip_chars(WHITE_SPACE) != "").then(text),
         row=nw.col(ROW),
     ).filter(~nw.col("itemid").is_null())
     (size,) = collect_rows(titles.select(rows=nw.len(), ids=nw.col("itemid").n_unique()))

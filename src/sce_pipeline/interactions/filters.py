@@ -6,8 +6,9 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
+from sce_pipeline.interactions.engines import hold, spill
 from sce_pipeline.interactions.errors import InteractionsError
-from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.interactions.reports import Report, collect_rows, counts, tally
 from sce_pipeline.parameters import Filters
 
 
@@ -29,7 +30,7 @@ def filter_interactions(
     all_pairs = interactions.group_by("user", "item").agg(rows=nw.len())
     pairs, passes, rare, brief = all_pairs, 0, 0, 0
     while True:
-        labelled = _label(pairs, filters)
+        labelled = spill(_label(pairs, filters))
         tallies = _tally(labelled)
         passes += 1
         rare += tallies["rare"]["rows"]
@@ -41,8 +42,7 @@ def filter_interactions(
         # Items go first: a pass that drops no user leaves every item the users it was kept for.
         if not filters.iterate or tallies["brief"]["rows"] == 0:
             break
-        if pairs.implementation.is_polars():  # or every pass would compute all before it again
-            pairs = pairs.collect().lazy()
+        pairs = hold(pairs)  # or every pass would compute all before it again
     stay = interactions.join(pairs.select("user", "item"), on=["user", "item"], how="semi")
     report = {
         "kept": counts(kept),
@@ -57,28 +57,24 @@ def filter_interactions(
 
 def _label(pairs: nw.LazyFrame[Any], filters: Filters) -> nw.LazyFrame[Any]:
     """Say of each distinct pair whether one pass keeps it, or which threshold is against it."""
-    is_rare = nw.len().over("item") < filters.min_users_per_item
-    n_items = (~nw.col("is_rare")).sum().over("user")
+    n_users = pairs.group_by("item").agg(n_users=nw.len())
+    is_rare = nw.col("n_users") < filters.min_users_per_item
+    pairs = pairs.join(n_users, on="item").with_columns(is_rare=is_rare)
+    n_items = pairs.filter(~nw.col("is_rare")).group_by("user").agg(n_items=nw.len())
     fate = (
         nw.when(nw.col("is_rare"))
         .then(nw.lit("rare"))
-        .when(n_items < filters.min_items_per_user)
+        .when(nw.col("n_items") < filters.min_items_per_user)
         .then(nw.lit("brief"))
         .otherwise(nw.lit("kept"))
     )
-    return pairs.with_columns(is_rare=is_rare).with_columns(fate=fate)
+    return pairs.join(n_items, on="user", how="left").with_columns(fate=fate)
 
 
 def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, Report]:
-    tallies: dict[str, Report] = {
-        fate: {"rows": 0, "users": 0, "items": 0} for fate in ("rare", "brief", "kept")
-    }
-    by_fate = labelled.group_by("fate").agg(
-        rows=nw.col("rows").sum(),
-        users=nw.col("user").n_unique(),
-        items=nw.col("item").n_unique(),
-    )
-    return tallies | {row["fate"]: counts(row) for row in collect_rows(by_fate)}
+    empty = {"rows": 0, "users": 0, "items": 0}
+    found = tally(labelled, "fate", rows=nw.col("rows").sum())
+    return {fate: found.get(fate, empty) for fate in ("rare", "brief", "kept")}
 
 
 def _nothing_left(pairs: nw.LazyFrame[Any], filters: Filters) -> str:

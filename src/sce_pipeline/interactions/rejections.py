@@ -6,7 +6,7 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.columns import ROW
+from sce_pipeline.interactions.columns import ROW, WHITE_SPACE
 from sce_pipeline.interactions.reports import Report, collect_rows
 from sce_pipeline.parameters import Columns
 
@@ -55,7 +55,7 @@ def set_aside(labelled: nw.LazyFrame[Any], dropped: dict[str, Report]) -> nw.Laz
 
     Returns:
         The columns data_row (Int64, counted from 1 below the header), user, item and timestamp as
-        the file has them (String), and reason (String), in the order of the file.
+        the file has them (String), and reason (String), in the order of the log.
     """
     if not dropped:  # spare a log without such rows the pass
         labelled = labelled.head(0)
@@ -85,7 +85,7 @@ def role_of(reason: str) -> str:
 
 def _why_unusable(role: str) -> nw.Expr:
     found = nw.when(nw.col(role).is_null()).then(nw.col(f"raw_{role}"))  # few rows are looked at
-    is_missing = found.is_null() | (found.str.strip_chars() == "")
+    is_missing = found.is_null() | (found.str.strip_chars(WHITE_SPACE) == "")
     missing, unreadable = nw.lit(f"{_MISSING} {role}"), nw.lit(f"unreadable {role}")
     return nw.when(is_missing).then(missing).otherwise(unreadable)
 

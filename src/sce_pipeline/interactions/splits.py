@@ -9,13 +9,14 @@ from datetime import datetime
 from typing import Any
 
 import narwhals.stable.v2 as nw
-import numpy as np
 
+from sce_pipeline.interactions.engines import spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.parts import CONTEXT, IN_TIME, PARTS, TEST, TRAIN, VALIDATION
-from sce_pipeline.interactions.reports import Report, collect_rows, counts
+from sce_pipeline.interactions.quantiles import nearest_quantile
+from sce_pipeline.interactions.reports import Report, counts, tally
 from sce_pipeline.interactions.split_checks import check_parts, check_size
-from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND
+from sce_pipeline.interactions.timestamps import EPOCH, MICROSECOND, at, since_epoch
 from sce_pipeline.parameters import LeaveOneOutSplit, TemporalSplit
 
 _ROWS_FOR_TEST, _ROWS_FOR_VALIDATION = 2, 3
@@ -53,6 +54,7 @@ def split_interactions(
         cuts = _find_cuts(interactions, split)
         labelled = _temporal_disjoint(interactions, cuts[TEST])
 
+    labelled = spill(labelled)
     tallies = _tally(labelled, cuts)
     check_parts(tallies, split, cuts)
     report = {
@@ -92,7 +94,7 @@ def _leave_one_out(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
 def _temporal_disjoint(log: nw.LazyFrame[Any], cut: datetime) -> nw.LazyFrame[Any]:
     """Users seen after the cut are held out whole, and start anew there (the SCE paper's split)."""
     is_after, is_known = nw.col("is_after"), nw.col("is_known")
-    log = log.with_columns(is_after=nw.col("timestamp") >= nw.lit(cut))
+    log = log.with_columns(is_after=nw.col("timestamp") >= at(cut))
     log = log.with_columns(is_train=~is_after.any().over("user"))
     log = log.with_columns(is_known=nw.col("is_train").any().over("item"))
     log = _number(log.with_columns(is_candidate=is_after & is_known), "user", "is_candidate")
@@ -121,8 +123,8 @@ def _temporal_all(
     """Everybody's past trains; the last row before and after the test cut are the targets."""
     is_train, is_known, is_test = nw.col("is_train"), nw.col("is_known"), nw.col("is_test")
     log = log.with_columns(
-        is_train=nw.col("timestamp") < nw.lit(validation_cut),
-        is_test=nw.col("timestamp") >= nw.lit(test_cut),
+        is_train=nw.col("timestamp") < at(validation_cut),
+        is_test=nw.col("timestamp") >= at(test_cut),
     )
     log = log.with_columns(is_known=is_train.any().over("item"))
     log = _number(log, "user", "is_known")
@@ -155,22 +157,12 @@ def _number(log: nw.LazyFrame[Any], *group: str) -> nw.LazyFrame[Any]:
 
 
 def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, datetime]:
-    """The moments from which on rows are validation and test rows.
-
-    NumPy takes the quantile because its "nearest" rounds halves as the paper's pandas does; the
-    engines have rules of their own.
-    """
-    timestamps = log.select("timestamp").collect()["timestamp"].to_numpy()
-    microseconds = timestamps.astype("datetime64[us]").astype(np.int64)
-    quantiles = (
-        [split.validation_cut, split.quantile]
-        if split.train_users == "all"
-        else [split.quantile, split.quantile]
-    )
-    validation, test = (
-        EPOCH + int(cut) * MICROSECOND
-        for cut in np.quantile(microseconds, quantiles, method="nearest")
-    )
+    """The moments from which on rows are validation and test rows."""
+    numbers = log.select(number=since_epoch(nw.col("timestamp")).cast(nw.Int64))
+    test = EPOCH + nearest_quantile(numbers, split.quantile) * MICROSECOND
+    validation = test
+    if split.train_users == "all":
+        validation = EPOCH + nearest_quantile(numbers, split.validation_cut) * MICROSECOND
     if split.train_users == "all" and validation == test:
         raise InteractionsError(
             f"The validation and the test cut fall on the same moment, {test.isoformat()}: choose "
@@ -181,7 +173,7 @@ def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, dateti
 
 
 def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, dict[str, int]]:
-    """Count every part and every reason for dropping, and the leaks, in one pass over the log."""
+    """Count every part and every reason for dropping, and the leaks."""
     is_train = nw.col("part") == TRAIN
     is_target = nw.col("part").is_in([VALIDATION, TEST])
     checked = _number(labelled, "user").with_columns(
@@ -190,19 +182,13 @@ def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, 
     )
     is_late = (nw.col("n_so_far") > nw.col("first_target")).fill_null(False)
     if cuts:
-        is_late = is_late | (nw.col("timestamp") >= nw.lit(min(cuts.values())))
-    by_part = (
-        checked.with_columns(is_leak=is_train & is_late, is_unseen=~nw.col("is_seen"))
-        .group_by("part")
-        .agg(
-            rows=nw.len(),
-            users=nw.col("user").n_unique(),
-            items=nw.col("item").n_unique(),
-            leaks=nw.col("is_leak").sum(),
-            unseen=nw.col("is_unseen").sum(),
-            without_history=nw.col("without_history").sum(),
-        )
-    )
-    empty = dict.fromkeys(("rows", "users", "items", "leaks", "unseen", "without_history"), 0)
-    tallies = {row.pop("part"): row for row in collect_rows(by_part.sort("part"))}
-    return dict.fromkeys(PARTS, empty) | tallies
+        is_late = is_late | (nw.col("timestamp") >= at(min(cuts.values())))
+    sums = {
+        "leaks": is_train & is_late,
+        "unseen": ~nw.col("is_seen"),
+        "without_history": nw.col("without_history"),
+    }
+    checked = checked.with_columns(**{name: is_so.cast(nw.Int64) for name, is_so in sums.items()})
+    found = tally(checked, "part", **{name: nw.col(name).sum() for name in sums})
+    empty = dict.fromkeys(("rows", "users", "items", *sums), 0)
+    return dict.fromkeys(PARTS, empty) | found

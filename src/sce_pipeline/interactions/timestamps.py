@@ -8,11 +8,13 @@ Text holds a number or an ISO 8601 date, with or without a time and a time zone,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import narwhals.stable.v2 as nw
 
+from sce_pipeline.interactions.columns import WHITE_SPACE, spell_float
 from sce_pipeline.interactions.errors import InteractionsError
 
 EPOCH = datetime(1970, 1, 1)
@@ -22,6 +24,8 @@ _YEAR_1 = (datetime(1, 1, 1) - EPOCH) // MICROSECOND
 _YEAR_9999 = (datetime(9999, 12, 31, 23, 59, 59, 999999) - EPOCH) // MICROSECOND
 
 _DAYS_TO_EPOCH = EPOCH.toordinal()
+
+_NAMES_OF_UTC = ("UTC", "Etc/UTC")
 
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
 _LEAP_YEAR = r"(?:[0-9][0-9](?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
@@ -59,87 +63,116 @@ _TELLING = 1e8
 """From here on a number tells its unit: seconds of 1973 are milliseconds of January 1970."""
 
 
-def unit_of(magnitude: float | None) -> Unit:
-    """Tell the unit of numbers by their typical magnitude; a log without numbers has dates.
+def reach_units(number: nw.Expr) -> dict[str, nw.Expr]:
+    """Count the numbers that are large enough for each unit."""
+    return {unit.name: (number.abs() >= unit.at_least).cast(nw.Int64).sum() for unit in _UNITS}
+
+
+def unit_of(counted: Mapping[str, Any]) -> Unit:
+    """Tell the unit of numbers by what half of them reach; a log without numbers has dates.
 
     1e11 is the year 1973 in milliseconds and the year 5138 in seconds.
+
+    Args:
+        counted: The ``numbers``, and how many of them ``reach_units``.
     """
-    if magnitude is None or math.isnan(magnitude):
+    if not counted["numbers"]:
         return Unit("dates", 1.0, math.inf)
-    return next(unit for unit in _UNITS if magnitude >= unit.at_least)
+    return next(unit for unit in _UNITS if 2 * counted[unit.name] >= counted["numbers"])
 
 
-def read_timestamps(log: nw.LazyFrame[Any], name: str) -> dict[str, nw.Expr]:
+def read_timestamps(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFrame[Any]:
     """Read a column of timestamps as far as that goes without knowing the unit of its numbers.
 
+    It goes in steps, each a column: engines that write expressions out, as Spark does, would have
+    one for each mention of the text.
+
+    Args:
+        log: Any columns but those added here.
+        column: The timestamps.
+        name: What the file calls them, for errors.
+
     Returns:
-        Expressions over the log. ``raw`` is what a row holds, as text; ``is_missing`` and
-        ``is_date`` say what it is, ``number`` is null where there is none, and ``date`` counts
-        microseconds, 0 where there is no date.
+        The log with others in place of the column. ``raw`` is what a row holds, as text;
+        ``is_missing`` and ``is_date`` say what it is, ``number`` is null where there is none, and
+        ``date`` counts microseconds, 0 where there is no date.
 
     Raises:
         InteractionsError: The column holds neither text, nor numbers, nor dates.
     """
-    dtype = log.collect_schema()[name]
-    column = nw.col(name)
+    others = [other for other in log.collect_schema().names() if other != column]
+    found = ("raw", "is_missing", "number", "is_date", "date")
+    return _read(log, column, name).select(*others, *found)
+
+
+def _read(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFrame[Any]:
+    dtype = log.collect_schema()[column]
+    found = nw.col(column)
     if dtype in (nw.String, nw.Categorical, nw.Enum):
-        text = column.cast(nw.String).fill_null("").str.strip_chars()
-        is_date = text.str.contains(_ISO)
-        return {
-            "raw": column.cast(nw.String),
-            "is_missing": text == "",
-            "number": _finite(nw.when(text.str.contains(_NUMBER)).then(text).cast(nw.Float64)),
-            "is_date": is_date,
-            "date": _iso_microseconds(is_date, text),
-        }
+        return _read_text(log.with_columns(raw=found.cast(nw.String)))
     if dtype.is_numeric():
-        number = column.cast(nw.Float64)
-        return {
-            "raw": column.cast(nw.String),
-            "is_missing": number.is_null() | number.is_nan().fill_null(False),
-            "number": _finite(number),
-            "is_date": nw.lit(False),
-            "date": nw.lit(0, nw.Int64),
-        }
+        number = found.cast(nw.Float64)
+        is_missing = number.is_null() | number.is_nan().fill_null(False)
+        text = spell_float(found) if dtype.is_float() else found.cast(nw.String)
+        return log.with_columns(
+            raw=nw.when(~is_missing).then(text),
+            is_missing=is_missing,
+            number=_finite(number),
+            is_date=nw.lit(False),
+            date=nw.lit(0, nw.Int64),
+        )
     if isinstance(dtype, nw.Datetime) and dtype.time_zone is not None:
-        column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        if dtype.time_zone not in _NAMES_OF_UTC:  # which is not a change that DuckDB can make
+            found = found.dt.convert_time_zone("UTC")
+        found = found.dt.replace_time_zone(None)
     if dtype in (nw.Date, nw.Datetime):
-        is_date = column.dt.year().is_between(1, 9999).fill_null(False)
-        moment = nw.when(is_date).then(column).cast(nw.Datetime("us"))
-        return {
-            "raw": nw.when(~column.is_null()).then(
-                nw.when(is_date)
-                .then(moment.cast(nw.String))
-                .otherwise(nw.lit("a date outside the years 1 to 9999"))
-            ),
-            "is_missing": column.is_null(),
-            "number": nw.lit(None, nw.Float64),
-            "is_date": is_date,
-            "date": _since_epoch(moment).fill_null(0).cast(nw.Int64),
-        }
+        return _read_moments(log.with_columns(moment=found))
     raise InteractionsError(
         f"The log: column {name!r} has the type {dtype}; timestamps must be numbers, dates or text"
     )
 
 
-def to_microseconds(unit: Unit) -> dict[str, nw.Expr]:
+def _read_moments(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
+    """Read the column ``moment``, a date or a time without a time zone."""
+    moment, is_date = nw.col("moment"), nw.col("is_date")
+    log = log.with_columns(
+        is_missing=moment.is_null(),
+        is_date=moment.dt.year().is_between(1, 9999).fill_null(False),
+    )
+    log = log.with_columns(
+        moment=nw.when(is_date).then(moment).cast(nw.Datetime("us")).fill_null(_epoch())
+    )
+    outside = nw.lit("a date outside the years 1 to 9999")
+    return log.with_columns(
+        raw=nw.when(~nw.col("is_missing")).then(
+            nw.when(is_date).then(_spell_moment(moment)).otherwise(outside)
+        ),
+        number=nw.lit(None, nw.Float64),
+        date=since_epoch(moment).cast(nw.Int64),
+    )
+
+
+def to_microseconds(log: nw.LazyFrame[Any], unit: Unit) -> nw.LazyFrame[Any]:
     """Bring what :func:`read_timestamps` read to microseconds.
 
     Returns:
-        Expressions over its columns: ``is_valid``, whether a row holds a moment between the years 1
-        and 9999; ``microseconds``, 0 where it does not; and ``is_other_unit``, whether a number
-        tells another unit and is a moment in that.
+        The log with more columns: ``is_valid``, whether a row holds a moment between the years 1
+        and 9999; ``microseconds``, without meaning where it does not; and ``is_other_unit``,
+        whether a number tells another unit and is a moment in that.
     """
-    number = (nw.col("number") * unit.microseconds).round()
-    date = nw.col("date")
-    is_number = number.is_between(_YEAR_1, _YEAR_9999 + 1, closed="left").fill_null(False)
-    is_date = nw.col("is_date") & date.is_between(_YEAR_1, _YEAR_9999)
-    whole = nw.when(is_number).then(number).otherwise(nw.lit(0.0)).cast(nw.Int64)
-    return {
-        "is_valid": is_number | is_date,
-        "microseconds": nw.when(is_date).then(date).otherwise(whole),
-        "is_other_unit": _tells_other_unit(unit).fill_null(False),
-    }
+    number, date = nw.col("number") * unit.microseconds, nw.col("date")
+    is_number, is_date, whole = nw.col("is_number"), nw.col("is_date"), nw.col("whole")
+    is_near = number.is_between(_YEAR_1 - 1, _YEAR_9999 + 1).fill_null(False)
+    log = log.with_columns(
+        is_number=is_near,
+        whole=_round(nw.when(is_near).then(number).otherwise(nw.lit(0.0))),
+        is_date=is_date & date.is_between(_YEAR_1, _YEAR_9999),
+    )
+    return log.with_columns(
+        is_valid=is_date | (is_number & whole.is_between(_YEAR_1, _YEAR_9999)),
+        microseconds=nw.when(is_date).then(date).otherwise(whole),
+        is_other_unit=_tells_other_unit(unit).fill_null(False),
+    )
 
 
 def _tells_other_unit(unit: Unit) -> nw.Expr:
@@ -155,39 +188,84 @@ def to_datetime(microseconds: nw.Expr) -> nw.Expr:
     seconds = microseconds // 1_000_000
     days = seconds // 86_400
     return (
-        nw.lit(EPOCH)
+        _epoch()
         + days * nw.lit(timedelta(days=1))
         + (seconds - days * 86_400) * nw.lit(timedelta(seconds=1))
         + (microseconds - seconds * 1_000_000) * nw.lit(MICROSECOND)
     )
 
 
+def _epoch() -> nw.Expr:
+    return nw.lit(EPOCH.date()).cast(nw.Datetime("us"))  # a literal with a time may have a zone
+
+
+def at(moment: datetime) -> nw.Expr:
+    """A moment as a literal, the same one on every engine."""
+    return to_datetime(nw.lit((moment - EPOCH) // MICROSECOND, nw.Int64))
+
+
 def _finite(number: nw.Expr) -> nw.Expr:
     return nw.when(number.is_finite()).then(number)
 
 
-def _iso_microseconds(is_date: nw.Expr, text: nw.Expr) -> nw.Expr:
-    """Microseconds since 1970 UTC of a date like 2014-07-18T12:30:05.25+02:00, else 0."""
-    text = nw.when(is_date).then(text).otherwise(nw.lit("1970-01-01"))
-    day = text.str.slice(0, 10).str.to_datetime(format="%Y-%m-%d")
-    hours, minutes = _number(text.str.slice(11, 2)), _number(text.str.slice(14, 2))
-    rest = text.str.slice(16)  # after 2014-07-18T12:30
-    seconds = _number(rest.str.replace_all(rf"(?:{_UTC}|{_OFFSET})$", "").str.replace_all(":", ""))
-    offset = rest.str.replace_all(rf"^{_SECONDS}{_UTC}?", "").str.replace_all(r"[ :]", "")
-    ahead = _number(offset.str.slice(1, 2)) * 60 + _number(offset.str.slice(3, 2))
-    ahead = nw.when(offset.str.starts_with("-")).then(-ahead).otherwise(ahead)
-    time = ((hours * 60 + minutes - ahead) * 60 + seconds) * 1_000_000
-    return _since_epoch(day) + time.round().cast(nw.Int64)
+def _round(number: nw.Expr) -> nw.Expr:
+    """Round to the nearest whole number (Int64), halves to the even one; engines differ in that."""
+    down = number.floor()
+    above = number - down
+    is_up = (above > 0.5) | ((above == 0.5) & (down % 2 == 1))  # noqa: PLR2004
+    return nw.when(is_up).then(down + 1).otherwise(down).cast(nw.Int64)
+
+
+def _read_text(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
+    """Read the column ``raw``: numbers, and dates like 2014-07-18T12:30:05.25+02:00."""
+    text, iso, rest, offset = (nw.col(name) for name in ("text", "iso", "rest", "offset"))
+    log = log.with_columns(text=nw.col("raw").fill_null("").str.strip_chars(WHITE_SPACE))
+    log = log.with_columns(
+        is_missing=text == "",
+        number=nw.when(text.str.contains(_NUMBER)).then(text).cast(nw.Float64),
+        is_date=text.str.contains(_ISO) & ~text.str.starts_with("0000"),
+    )
+    log = log.with_columns(
+        number=_finite(nw.col("number")),
+        iso=nw.when(nw.col("is_date")).then(text).otherwise(nw.lit("1970-01-01")),
+    )
+    log = log.with_columns(
+        day=iso.str.slice(0, 10).str.to_datetime(format="%Y-%m-%d"),
+        hours=_number(iso.str.slice(11, 2)),
+        minutes=_number(iso.str.slice(14, 2)),
+        rest=iso.str.slice(16),  # after 2014-07-18T12:30
+    )
+    log = log.with_columns(
+        seconds=rest.str.replace_all(rf"(?:{_UTC}|{_OFFSET})$", "").str.replace_all(":", ""),
+        offset=rest.str.replace_all(rf"^{_SECONDS}{_UTC}?", "").str.replace_all(r"[ :]", ""),
+    )
+    log = log.with_columns(
+        seconds=_number(nw.col("seconds")),
+        ahead=_number(offset.str.slice(1, 2)) * 60 + _number(offset.str.slice(3, 2)),
+    )
+    ahead = nw.when(offset.str.starts_with("-")).then(-nw.col("ahead")).otherwise(nw.col("ahead"))
+    minutes = nw.col("hours") * 60 + nw.col("minutes") - ahead
+    log = log.with_columns(time=(minutes * 60 + nw.col("seconds")) * 1_000_000)
+    return log.with_columns(date=since_epoch(nw.col("day")) + _round(nw.col("time")))
 
 
 def _number(digits: nw.Expr) -> nw.Expr:
     return nw.when(digits != "").then(digits).otherwise(nw.lit("0")).cast(nw.Float64)
 
 
-def _since_epoch(moment: nw.Expr) -> nw.Expr:
+def _microsecond(moment: nw.Expr) -> nw.Expr:
+    return moment.dt.microsecond() % 1_000_000  # Spark counts those before 1970 down from 0
+
+
+def _spell_moment(moment: nw.Expr) -> nw.Expr:
+    fraction = _microsecond(moment).cast(nw.String).str.zfill(6)
+    return nw.concat_str(moment.dt.to_string("%Y-%m-%d %H:%M:%S"), nw.lit("."), fraction)
+
+
+def since_epoch(moment: nw.Expr) -> nw.Expr:
     """Microseconds since 1970, out of the parts of a moment, which every engine can tell."""
     past = moment.dt.year().cast(nw.Int64) - 1  # whole years before
     days = past * 365 + past // 4 - past // 100 + past // 400 + moment.dt.ordinal_day()
     hours = (days - _DAYS_TO_EPOCH) * 24 + moment.dt.hour()
     seconds = (hours * 60 + moment.dt.minute()) * 60 + moment.dt.second()
-    return seconds * 1_000_000 + moment.dt.microsecond()
+    return seconds * 1_000_000 + _microsecond(moment)

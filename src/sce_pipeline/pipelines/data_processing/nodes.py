@@ -1,4 +1,7 @@
-"""Nodes of the data stage: frames of any engine in, frames of the same engine and reports out."""
+"""Nodes of the data stage: frames of any engine in, frames of the same engine and reports out.
+
+Items and users are Polars frames whatever the engine: all that follows looks things up in them.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,8 @@ def encode_interactions(
             "The table of items repeats an id in %s rows: the first row of an id counts",
             f"{report['repeated_item_rows']:,}",
         )
-    return encoded.to_native(), items.collect().to_native(), users.collect().to_native()
+    ids = (frame.collect(backend="polars").to_native() for frame in (items, users))
+    return encoded.to_native(), *ids
 
 
 def build_sequences(
