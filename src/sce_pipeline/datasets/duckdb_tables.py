@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from kedro.io import AbstractDataset, DatasetError
 
 from sce_pipeline.datasets.raw_table import RawTableDataset
 from sce_pipeline.datasets.streamed_table import StreamedTableDataset
+from sce_pipeline.datasets.whole_files import whole
 from sce_pipeline.interactions.columns import ROW
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def connect(memory_limit: str, spill_folder: str) -> DuckDBPyConnection:
 class DuckDBTableDataset(AbstractDataset["DuckDBPyRelation", "DuckDBPyRelation"]):
     """A Parquet file that DuckDB reads lazily and writes without ever holding all of it.
 
-    The file appears under its name once it is on the disk. What a killed run leaves ends in
-    ``.unfinished``, and nobody reads it.
+    The file appears under its name once it is on the disk.
 
     Example:
         ::
@@ -94,15 +93,8 @@ class DuckDBTableDataset(AbstractDataset["DuckDBPyRelation", "DuckDBPyRelation"]
 
     def save(self, data: DuckDBPyRelation) -> None:
         """Write the table, over an older one if need be."""
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._filepath.with_name(f".{self._filepath.name}.{os.getpid()}.unfinished")
-        try:
+        with whole(self._filepath) as unfinished:
             data.write_parquet(str(unfinished), compression="zstd")
-            with unfinished.open("rb") as written:
-                os.fsync(written.fileno())
-            unfinished.replace(self._filepath)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def _exists(self) -> bool:
         return self._filepath.is_file()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from kedro.io import AbstractDataset, DatasetError
 
+from sce_pipeline.datasets.whole_files import whole
+
 
 class StreamedTableDataset(AbstractDataset["pl.DataFrame | pl.LazyFrame", "pl.LazyFrame"]):
     """Writes a frame, a lazy one without ever holding all of it, and reads it lazily.
 
-    The file appears under its name once it is on the disk. What a killed run leaves ends in
-    ``.unfinished``, and nobody reads it. Kedro's LazyPolarsDataset computes the whole frame before
-    it writes.
+    The file appears under its name once it is on the disk. Kedro's LazyPolarsDataset computes the
+    whole frame before it writes.
 
     Example:
         ::
@@ -47,17 +47,9 @@ class StreamedTableDataset(AbstractDataset["pl.DataFrame | pl.LazyFrame", "pl.La
 
     def save(self, data: pl.DataFrame | pl.LazyFrame) -> None:
         """Write the table, over an older one if need be."""
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        # Hidden, so that it does not pass for a table of this name.
-        unfinished = self._filepath.with_name(f".{self._filepath.name}.{os.getpid()}.unfinished")
-        try:
-            with unfinished.open("wb") as stream:  # which is there, or not, when Polars fails
-                data.lazy().sink_parquet(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            unfinished.replace(self._filepath)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        # An open stream, which is there, or not, when Polars fails.
+        with whole(self._filepath) as unfinished, unfinished.open("wb") as stream:
+            data.lazy().sink_parquet(stream)
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
