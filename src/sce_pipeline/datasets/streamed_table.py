@@ -39,7 +39,7 @@ class StreamedTableDataset(AbstractDataset["pl.DataFrame | pl.LazyFrame", "pl.La
         """Begin to read the table.
 
         Raises:
-            DatasetError: There is no such file.
+            DatasetError: There is no such file, nor a folder of such files, as Spark writes.
         """
         if not self._exists():
             raise DatasetError(f"There is no {self._filepath}: run what writes it first")
@@ -52,7 +52,7 @@ class StreamedTableDataset(AbstractDataset["pl.DataFrame | pl.LazyFrame", "pl.La
             data.lazy().sink_parquet(stream)
 
     def _exists(self) -> bool:
-        return self._filepath.is_file()
+        return self._filepath.exists()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix()}

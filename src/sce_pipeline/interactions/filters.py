@@ -27,10 +27,10 @@ def filter_interactions(
     Raises:
         InteractionsError: No row stays.
     """
-    all_pairs = interactions.group_by("user", "item").agg(rows=nw.len())
+    all_pairs = spill(interactions.group_by("user", "item").agg(rows=nw.len()))
     pairs, passes, rare, brief = all_pairs, 0, 0, 0
     while True:
-        labelled = spill(_label(pairs, filters))
+        labelled = _label(pairs, filters)
         tallies = _tally(labelled)
         passes += 1
         rare += tallies["rare"]["rows"]
