@@ -10,7 +10,7 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.engines import spill
+from sce_pipeline.interactions.engines import hold, spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.parts import CONTEXT, IN_TIME, PARTS, TEST, TRAIN, VALIDATION
 from sce_pipeline.interactions.quantiles import nearest_quantile
@@ -95,8 +95,8 @@ def _temporal_disjoint(log: nw.LazyFrame[Any], cut: datetime) -> nw.LazyFrame[An
     """Users seen after the cut are held out whole, and start anew there (the SCE paper's split)."""
     is_after, is_known = nw.col("is_after"), nw.col("is_known")
     log = log.with_columns(is_after=nw.col("timestamp") >= at(cut))
-    log = log.with_columns(is_train=~is_after.any().over("user"))
-    log = log.with_columns(is_known=nw.col("is_train").any().over("item"))
+    log = _mark(log, "user", is_after, "is_held_out").with_columns(is_train=~nw.col("is_held_out"))
+    log = _mark(log, "item", nw.col("is_train"), "is_known")
     log = _number(log.with_columns(is_candidate=is_after & is_known), "user", "is_candidate")
     n_rows, n_later = nw.col("n_rows"), nw.col("n_later")
     return log.with_columns(
@@ -126,13 +126,13 @@ def _temporal_all(
         is_train=nw.col("timestamp") < at(validation_cut),
         is_test=nw.col("timestamp") >= at(test_cut),
     )
-    log = log.with_columns(is_known=is_train.any().over("item"))
+    log = _mark(log, "item", is_train, "is_known")
     log = _number(log, "user", "is_known")
     log = log.with_columns(is_first=nw.col("n_later") == nw.col("n_rows") - 1)
     log = _number(log, "user", "is_known", "is_train", "is_test")
     log = log.with_columns(is_last=is_known & ~is_train & (nw.col("n_later") == 0))
     log = log.with_columns(is_target=nw.col("is_last") & ~nw.col("is_first"))
-    log = log.with_columns(has_target=nw.col("is_target").any().over("user"))
+    log = _mark(spill(log), "user", nw.col("is_target"), "has_target")
     return log.with_columns(
         without_history=nw.col("is_last") & nw.col("is_first"),
         part=nw.when(is_train)
@@ -149,10 +149,22 @@ def _temporal_all(
     )
 
 
+def _mark(log: nw.LazyFrame[Any], column: str, is_so: nw.Expr, name: str) -> nw.LazyFrame[Any]:
+    """Say of each row whether something is so of any row with the same user or item.
+
+    Those users or items are few beside the rows; a window would sort the rows.
+    """
+    marked = hold(log.filter(is_so).select(column).unique().with_columns(_is_so=nw.lit(True)))
+    joined = log.join(marked, on=column, how="left")
+    return joined.with_columns((~nw.col("_is_so").is_null()).alias(name)).drop("_is_so")
+
+
 def _number(log: nw.LazyFrame[Any], *group: str) -> nw.LazyFrame[Any]:
     """Add to each row how many rows its group has, and how many of them are later than it."""
+    log = log.drop("n_rows", "n_so_far", "n_later", strict=False)  # of another group
+    sizes = hold(log.group_by(*group).agg(n_rows=nw.len().cast(nw.Int64)))
     n_so_far = nw.col("row").cum_count().over(*group, order_by=IN_TIME)
-    log = log.with_columns(n_rows=nw.len().over(*group).cast(nw.Int64), n_so_far=n_so_far)
+    log = log.join(sizes, on=list(group)).with_columns(n_so_far=n_so_far)
     return log.with_columns(n_later=nw.col("n_rows") - nw.col("n_so_far").cast(nw.Int64))
 
 
@@ -175,14 +187,19 @@ def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, dateti
 def _tally(labelled: nw.LazyFrame[Any], cuts: dict[str, datetime]) -> dict[str, dict[str, int]]:
     """Count every part and every reason for dropping, and the leaks."""
     is_train = nw.col("part") == TRAIN
-    is_target = nw.col("part").is_in([VALIDATION, TEST])
-    checked = _number(labelled, "user").with_columns(
-        is_seen=is_train.any().over("item"),
-        first_target=nw.when(is_target).then(nw.col("n_so_far")).min().over("user"),
+    targets = labelled.filter(nw.col("part").is_in([VALIDATION, TEST]))
+    first_targets = hold(
+        targets.select("user", first_time="timestamp", first_row="row").unique(
+            ["user"], keep="first", order_by=["first_time", "first_row"]
+        )
     )
-    is_late = (nw.col("n_so_far") > nw.col("first_target")).fill_null(False)
+    checked = _mark(labelled, "item", is_train, "is_seen").join(first_targets, "user", how="left")
+    time, first_time = nw.col("timestamp"), nw.col("first_time")
+    is_late = (
+        (time > first_time) | ((time == first_time) & (nw.col("row") > nw.col("first_row")))
+    ).fill_null(False)
     if cuts:
-        is_late = is_late | (nw.col("timestamp") >= at(min(cuts.values())))
+        is_late = is_late | (time >= at(min(cuts.values())))
     sums = {
         "leaks": is_train & is_late,
         "unseen": ~nw.col("is_seen"),
