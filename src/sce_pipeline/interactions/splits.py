@@ -162,7 +162,8 @@ def _mark(log: nw.LazyFrame[Any], column: str, is_so: nw.Expr, name: str) -> nw.
 def _number(log: nw.LazyFrame[Any], *group: str) -> nw.LazyFrame[Any]:
     """Add to each row how many rows its group has, and how many of them are later than it."""
     log = log.drop("n_rows", "n_so_far", "n_later", strict=False)  # of another group
-    sizes = hold(log.group_by(*group).agg(n_rows=nw.len().cast(nw.Int64)))
+    sizes = log.group_by(*group).agg(n_rows=nw.len())
+    sizes = hold(sizes.with_columns(nw.col("n_rows").cast(nw.Int64)))
     n_so_far = nw.col("row").cum_count().over(*group, order_by=IN_TIME)
     log = log.join(sizes, on=list(group)).with_columns(n_so_far=n_so_far)
     return log.with_columns(n_later=nw.col("n_rows") - nw.col("n_so_far").cast(nw.Int64))
