@@ -61,14 +61,14 @@ def test_what_is_there_is_kept_and_not_computed_again(tmp_path, caplog):
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 import polars as pl
-from sce_pipeline.datasets import streamed_table
+from sce_pipeline.datasets import whole_files
+from sce_pipeline.datasets.streamed_table import StreamedTableDataset as Table
 folder = sys.argv[1]
-Table = streamed_table.StreamedTableDataset
 first, second = (Table(filepath=f"{folder}/{name}.parquet") for name in "ab")
 first.save(pl.DataFrame({"number": [1]}))
 def kill(descriptor):
     os.kill(os.getpid(), signal.SIGKILL)
-streamed_table.os.fsync = kill
+whole_files.os.fsync = kill
 second.save(pl.DataFrame({"number": [2]}))
 """
 
