@@ -132,7 +132,7 @@ def _temporal_all(
     log = _number(log, "user", "is_known", "is_train", "is_test")
     log = log.with_columns(is_last=is_known & ~is_train & (nw.col("n_later") == 0))
     log = log.with_columns(is_target=nw.col("is_last") & ~nw.col("is_first"))
-    log = _mark(spill(log), "user", nw.col("is_target"), "has_target")
+    log = _mark(log, "user", nw.col("is_target"), "has_target")
     return log.with_columns(
         without_history=nw.col("is_last") & nw.col("is_first"),
         part=nw.when(is_train)
