@@ -17,14 +17,19 @@ def collect_all(frames: list[nw.LazyFrame[Any]]) -> list[nw.DataFrame[Any]]:
     return [frame.collect() for frame in frames]
 
 
-def hold(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
-    """Compute a frame now, so that what is made of it does not compute it again.
+def hold_all(frames: list[nw.LazyFrame[Any]]) -> list[nw.LazyFrame[Any]]:
+    """Compute frames now, so that what is made of them does not compute them again.
 
-    Polars holds it in memory, others as :func:`spill` does.
+    Polars holds them in memory, others as :func:`spill` does.
     """
-    if frame.implementation.is_polars():
-        return frame.collect().lazy()
-    return spill(frame)
+    if all(frame.implementation.is_polars() for frame in frames):
+        return [found.lazy() for found in collect_all(frames)]
+    return [spill(frame) for frame in frames]
+
+
+def hold(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
+    """Compute one frame now, as ``hold_all`` does."""
+    return hold_all([frame])[0]
 
 
 def spill(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:

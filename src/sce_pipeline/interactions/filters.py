@@ -6,7 +6,7 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.engines import hold, spill
+from sce_pipeline.interactions.engines import hold, hold_all, spill
 from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.interactions.reports import Report, collect_rows, counts, tally
 from sce_pipeline.parameters import Filters
@@ -43,7 +43,9 @@ def filter_interactions(
         if not filters.iterate or tallies["brief"]["rows"] == 0:
             break
         pairs = hold(pairs)  # or every pass would compute all before it again
-    stay = interactions.join(pairs.select("user", "item"), on=["user", "item"], how="semi")
+    # Of all rows of a user and an item that stay, none is dropped: two small tables say it all.
+    users, items = hold_all([pairs.select(column).unique() for column in ("user", "item")])
+    stay = interactions.join(users, on="user", how="semi").join(items, on="item", how="semi")
     report = {
         "kept": counts(kept),
         "dropped": {
