@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset
+from kedro_datasets.polars import LazyPolarsDataset
 from kedro_datasets.spark import SparkDatasetV2
-
-from sce_pipeline.datasets.streamed_table import StreamedTableDataset
 
 if TYPE_CHECKING:
     import polars as pl
@@ -33,7 +32,7 @@ class HandedOverDataset(AbstractDataset["DataFrame", "pl.LazyFrame"]):
             metadata: For plugins; not used here.
         """
         self._written = SparkDatasetV2(filepath=filepath, save_args={"mode": "overwrite"})
-        self._read = StreamedTableDataset(filepath=filepath)
+        self._read = LazyPolarsDataset(filepath=filepath, file_format="parquet")
         self._filepath = filepath
         self.metadata = metadata
 
