@@ -40,6 +40,13 @@ def encoded(rows):
     return nw.from_native(frame.sample(fraction=1, shuffle=True, seed=0).lazy())
 
 
+def some_rows(last_user):
+    """Rows of any part, as ``encoded`` takes them."""
+    parts = st.sampled_from(["train", "context", "validation", "test"])
+    row = st.tuples(st.integers(0, last_user), st.integers(0, 3), st.integers(0, 9), parts)
+    return st.lists(row, max_size=40)
+
+
 def histories(*lengths):
     """Training rows only: user u has items 0, 1, … in this order."""
     return [
@@ -158,17 +165,7 @@ def test_windows_stay_within_a_user_and_cover_the_history(lengths, max_length, s
 
 
 @settings(max_examples=60)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 4),
-            st.integers(0, 3),
-            st.integers(0, 9),
-            st.sampled_from(["train", "context", "validation", "test"]),
-        ),
-        max_size=40,
-    )
-)
+@given(some_rows(last_user=4))
 def test_histories_end_right_before_their_targets(rows):
     # Two rows to learn from, and one before everything of every user, for a history.
     rows = [(user, 0, -1, "train") for user in range(5)] + [(9, 0, 0, "train")] * 2 + rows
@@ -197,15 +194,7 @@ def test_histories_end_right_before_their_targets(rows):
 
 @settings(max_examples=30)
 @given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 6),
-            st.integers(0, 3),
-            st.integers(0, 9),
-            st.sampled_from(["train", "context", "validation", "test"]),
-        ),
-        max_size=40,
-    ),
+    some_rows(last_user=6),
     st.integers(1, 30),
 )
 def test_it_does_not_matter_how_many_rows_are_laid_out_at_a_time(rows, at_once):
