@@ -17,19 +17,12 @@ def collect_all(frames: list[nw.LazyFrame[Any]]) -> list[nw.DataFrame[Any]]:
     return [frame.collect() for frame in frames]
 
 
-def hold_all(frames: list[nw.LazyFrame[Any]]) -> list[nw.LazyFrame[Any]]:
-    """Compute frames now, so that what is made of them does not compute them again.
-
-    Polars holds them in memory, others as :func:`spill` does.
-    """
-    if all(frame.implementation.is_polars() for frame in frames):
-        return [found.lazy() for found in collect_all(frames)]
-    return [spill(frame) for frame in frames]
-
-
 def hold(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
-    """Compute one frame now, as ``hold_all`` does."""
-    return hold_all([frame])[0]
+    """Compute a frame now, so that what is made of it does not compute it again.
+
+    Polars holds it in memory, others as :func:`spill` does.
+    """
+    return frame.collect().lazy() if frame.implementation.is_polars() else spill(frame)
 
 
 def spill(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:

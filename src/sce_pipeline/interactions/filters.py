@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.engines import hold, hold_all, spill
+from sce_pipeline.interactions.engines import hold, spill
 from sce_pipeline.interactions.errors import InteractionsError
-from sce_pipeline.interactions.reports import Report, collect_rows, counts, tally
+from sce_pipeline.interactions.reports import Report, collect_rows, counts
 from sce_pipeline.parameters import Filters
 
 
@@ -30,24 +30,23 @@ def filter_interactions(
     all_pairs = spill(interactions.group_by("user", "item").agg(rows=nw.len()))
     pairs, passes, rare, brief = all_pairs, 0, 0, 0
     while True:
-        labelled = _label(pairs, filters)
-        tallies = _tally(labelled)
+        done = _filter_once(pairs, filters)
         passes += 1
-        rare += tallies["rare"]["rows"]
-        brief += tallies["brief"]["rows"]
-        kept = tallies["kept"]
-        if kept["rows"] == 0:
-            raise InteractionsError(_nothing_left(all_pairs, filters))
-        pairs = labelled.filter(nw.col("fate") == "kept").select("user", "item", "rows")
+        rare += done.rare
+        brief += done.brief
         # Items go first: a pass that drops no user leaves every item the users it was kept for.
-        if not filters.iterate or tallies["brief"]["rows"] == 0:
+        if not filters.iterate or done.brief == 0:
             break
-        pairs = hold(pairs)  # or every pass would compute all before it again
+        pairs = hold(done.pairs)  # or every pass would compute all before it again
+    (kept,) = collect_rows(done.users.select(rows=nw.col("rows").sum(), users=nw.len()))
+    (kept_items,) = collect_rows(done.items.select(items=nw.len()))
+    if kept["users"] == 0:
+        raise InteractionsError(_nothing_left(all_pairs, filters))
     # Of all rows of a user and an item that stay, none is dropped: two small tables say it all.
-    users, items = hold_all([pairs.select(column).unique() for column in ("user", "item")])
-    stay = interactions.join(users, on="user", how="semi").join(items, on="item", how="semi")
+    stay = interactions.join(done.users, on="user", how="semi")
+    stay = stay.join(done.items, on="item", how="semi")
     report = {
-        "kept": counts(kept),
+        "kept": counts(kept | kept_items),
         "dropped": {
             f"item with fewer than {filters.min_users_per_item} users": {"rows": rare},
             f"user with fewer than {filters.min_items_per_user} items": {"rows": brief},
@@ -57,26 +56,44 @@ def filter_interactions(
     return stay.sort("row"), report
 
 
-def _label(pairs: nw.LazyFrame[Any], filters: Filters) -> nw.LazyFrame[Any]:
-    """Say of each distinct pair whether one pass keeps it, or which threshold is against it."""
-    n_users = pairs.group_by("item").agg(n_users=nw.len())
-    is_rare = nw.col("n_users") < filters.min_users_per_item
-    pairs = pairs.join(n_users, on="item").with_columns(is_rare=is_rare)
-    n_items = pairs.filter(~nw.col("is_rare")).group_by("user").agg(n_items=nw.len())
-    fate = (
-        nw.when(nw.col("is_rare"))
-        .then(nw.lit("rare"))
-        .when(nw.col("n_items") < filters.min_items_per_user)
-        .then(nw.lit("brief"))
-        .otherwise(nw.lit("kept"))
-    )
-    return pairs.join(n_items, on="user", how="left").with_columns(fate=fate)
+class _Pass(NamedTuple):
+    """What one pass leaves.
+
+    Attributes:
+        pairs: The distinct pairs that stay.
+        users: Users that stay, and their rows.
+        items: Items that stay.
+        rare: Rows dropped for their item.
+        brief: Rows dropped for their user.
+    """
+
+    pairs: nw.LazyFrame[Any]
+    users: nw.LazyFrame[Any]
+    items: nw.LazyFrame[Any]
+    rare: int
+    brief: int
 
 
-def _tally(labelled: nw.LazyFrame[Any]) -> dict[str, Report]:
-    empty = {"rows": 0, "users": 0, "items": 0}
-    found = tally(labelled, "fate", rows=nw.col("rows").sum())
-    return {fate: found.get(fate, empty) for fate in ("rare", "brief", "kept")}
+def _filter_once(pairs: nw.LazyFrame[Any], filters: Filters) -> _Pass:
+    """Drop the items with too few users, then the users with too few of the items that stay."""
+    items, rare = _with_enough(pairs, "item", filters.min_users_per_item)
+    if rare:
+        pairs = pairs.join(items, on="item", how="semi")
+    users, brief = _with_enough(pairs, "user", filters.min_items_per_user)
+    if brief:
+        pairs = pairs.join(users, on="user", how="semi")
+        items = hold(pairs.select("item").unique())
+    return _Pass(pairs, users, items.select("item"), rare, brief)
+
+
+def _with_enough(
+    pairs: nw.LazyFrame[Any], column: str, least: int
+) -> tuple[nw.LazyFrame[Any], int]:
+    """Return the users or items that are in enough distinct pairs, and the rows of the others."""
+    sizes = hold(pairs.group_by(column).agg(pairs=nw.len(), rows=nw.col("rows").sum()))
+    too_few = nw.col("pairs") < least
+    (dropped,) = collect_rows(sizes.filter(too_few).select(rows=nw.col("rows").sum()))
+    return sizes.filter(~too_few).select(column, "rows"), int(dropped["rows"] or 0)
 
 
 def _nothing_left(pairs: nw.LazyFrame[Any], filters: Filters) -> str:

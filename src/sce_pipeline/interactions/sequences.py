@@ -23,6 +23,7 @@ from sce_pipeline.interactions.statistics import (
     describe_lengths,
     describe_repeats,
     describe_ties,
+    distinct_pairs,
 )
 
 Arrays: TypeAlias = dict[str, np.ndarray]
@@ -145,7 +146,8 @@ def _lay_out(log: nw.DataFrame[Any], n_items: int, max_length: int, stride: int 
     }
     counted = _count_windows(train) + count_repeats(users, items)
     counted += count_ties(users, log["timestamp"].to_numpy())
-    return _Layout(train, held_out, _popularity(train, n_items), counted)
+    pairs = distinct_pairs(users[is_train], items[is_train], n_items)
+    return _Layout(train, held_out, np.bincount(pairs % n_items, minlength=n_items), counted)
 
 
 def _join(layouts: list[Arrays]) -> Arrays:
@@ -222,13 +224,6 @@ def _held_out_sequences(users: np.ndarray, items: np.ndarray, is_target: np.ndar
         "lengths": lengths,
         "targets": items[targets],
     }
-
-
-def _popularity(train: Arrays, n_items: int) -> np.ndarray:
-    n_users = train["users"].size
-    user = np.repeat(np.arange(n_users), train["lengths"])
-    pairs = np.unique(train["items"] * np.int64(n_users) + user)
-    return np.bincount(pairs // max(n_users, 1), minlength=n_items)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

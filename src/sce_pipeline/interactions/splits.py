@@ -97,10 +97,13 @@ def _temporal_disjoint(log: nw.LazyFrame[Any], cut: datetime) -> nw.LazyFrame[An
     log = log.with_columns(is_after=nw.col("timestamp") >= at(cut))
     log = _mark(log, "user", is_after, "is_held_out").with_columns(is_train=~nw.col("is_held_out"))
     log = _mark(log, "item", nw.col("is_train"), "is_known")
-    log = _number(log.with_columns(is_candidate=is_after & is_known), "user", "is_candidate")
+    # Few rows come after the cut, so only they are numbered.
+    later = log.filter(is_after & is_known).select("user", "timestamp", "row")
+    numbered = hold(_number(later, "user").select("row", "n_rows", "n_later"))
+    log = log.join(numbered, on="row", how="left")
     n_rows, n_later = nw.col("n_rows"), nw.col("n_later")
     return log.with_columns(
-        without_history=nw.col("is_candidate") & (n_rows < _ROWS_FOR_TEST),
+        without_history=(n_rows < _ROWS_FOR_TEST).fill_null(False),
         part=nw.when(nw.col("is_train"))
         .then(nw.lit(TRAIN))
         .when(~is_after)
@@ -171,7 +174,10 @@ def _number(log: nw.LazyFrame[Any], *group: str) -> nw.LazyFrame[Any]:
 
 def _find_cuts(log: nw.LazyFrame[Any], split: TemporalSplit) -> dict[str, datetime]:
     """The moments from which on rows are validation and test rows."""
-    numbers = log.select(number=since_epoch(nw.col("timestamp")).cast(nw.Int64))
+    moment = nw.col("timestamp")
+    # Every engine can tell the parts of a moment; Polars keeps the number itself.
+    number = moment.dt.timestamp("us") if log.implementation.is_polars() else since_epoch(moment)
+    numbers = log.select(number=number.cast(nw.Int64))
     test = EPOCH + nearest_quantile(numbers, split.quantile) * MICROSECOND
     validation = test
     if split.train_users == "all":
