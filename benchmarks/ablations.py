@@ -216,6 +216,8 @@ def variants() -> dict[str, Variant]:
         found[f"rece {n_rounds} rounds"] = Variant(rece(n_rounds=n_rounds), {})
     for n_extra in (0, 2, 4, 8):
         found[f"rece {n_extra} extra chunks"] = Variant(rece(n_extra_chunks=n_extra), {})
+    for n_buckets in (67, 134, 536, 1072):  # beside about 268 on Amazon Beauty
+        found[f"rece {n_buckets} buckets"] = Variant(rece(n_buckets=n_buckets), {})
     return found
 
 
