@@ -110,7 +110,7 @@ def serve(
         patch.object(model, "encode_last", watch.within(ENCODER, model.encode_last)),
         patch.object(room, "find_top_items", watch.within(RANKING, room.find_top_items)),
     ):
-        while served < arguments.users and sum(watch.seconds.values()) < arguments.seconds:
+        while served < arguments.users and sum(watch.seconds.values()) <= arguments.seconds:
             part = offsets[served : served + arguments.users_per_partition + 1]
             rows = items[part[0] : part[-1]]
             recommender.recommend(rows, part - part[0], arguments.k, True, excluded)
