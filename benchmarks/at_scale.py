@@ -2,149 +2,142 @@
 
     python benchmarks/at_scale.py --items 100000 --users 100000
     python benchmarks/at_scale.py --items 1000000 --users 500000 --losses cce sce --epochs 3
+    python benchmarks/at_scale.py --users 20000 --history 1000 --max-length 1000 --batch-size 64
+    python benchmarks/at_scale.py --models gru4rec --learning-rate 0.005 --output results.jsonl
 
 The log is that of the pipeline synthetic, each user's last item the test target and the one before
 it the validation target; all rankings are of the whole catalogue. What a model reaches is told as a
 share of the best NDCG@10 from the history, which a ranker has that knows what is planted. A loss
-may be given other values: rece:n_rounds=64,n_extra_chunks=8.
+may be given other values: rece:n_rounds=64,n_extra_chunks=8. Seconds are of training alone: the
+median of the epochs, and all until the best one. What fails is told, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import statistics
 import tempfile
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from planted_log import Arrays, draw_sequences, plant
 from presets import read_loss, read_presets
 
 from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model
-from sce_pipeline.models import load_model
-from sce_pipeline.parameters import SyntheticParameters, TrainingParameters
-from sce_pipeline.synthetic.histories import draw_histories
+from sce_pipeline.models import MODELS, load_model
+from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.synthetic.protocols import measure_best
-from sce_pipeline.synthetic.world import World
 from sce_pipeline.training.fit import fit
 
-USERS_AT_ONCE = 16_384
-Arrays = dict[str, np.ndarray]
 
-
-def plant(arguments: argparse.Namespace) -> World:
-    """Return a world of the size that the command line asks for."""
-    values = read_presets("synthetic")["_synthetic"]
-    values |= {"seed": arguments.seed, "n_users": arguments.users, "n_items": arguments.items}
-    values |= {"n_clusters": arguments.clusters, "oracle_users": arguments.test_users}
-    return World(SyntheticParameters.model_validate(values))
-
-
-def draw_sequences(world: World, n_test_users: int, max_length: int) -> tuple[Arrays, ...]:
-    """Draw training, validation and test sequences, as the pipeline's own arrays.
-
-    The held-out users are the first ones: ranking a million users over a million items takes long.
-    """
-    n_users = world.parameters.n_users
-    places, lengths = [], []
-    for first in range(0, n_users, USERS_AT_ONCE):
-        histories = draw_histories(world, np.arange(first, min(first + USERS_AT_ONCE, n_users)))
-        places.append(world.item_ids[histories.places])
-        lengths.append(np.diff(histories.offsets))
-    items = np.concatenate(places)
-    offsets = np.concatenate([[0], np.concatenate(lengths).cumsum()])
-    shared = {
-        "n_items": np.array([world.parameters.n_items]),
-        "max_length": np.array([max_length]),
-    }
-    kept = np.ones(len(items), dtype=bool)
-    kept[offsets[1:] - 1] = kept[offsets[1:] - 2] = False
-    ends = np.concatenate([[0], (np.diff(offsets) - 2).cumsum()])
-    starts, stops = [], []
-    for first, last in pairwise(ends):
-        cuts = np.arange(last, first + 1, -max_length)
-        stops.append(cuts)
-        starts.append(np.maximum(cuts - max_length - 1, first))
-    train = {
-        "items": items[kept],
-        "offsets": ends,
-        "users": np.arange(n_users, dtype=np.int32),
-        "window_starts": np.concatenate(starts),
-        "window_stops": np.concatenate(stops),
-        **shared,
-    }
-    return train, *(hold_out(items, offsets, n_test_users, back) | shared for back in (2, 1))
-
-
-def hold_out(items: np.ndarray, offsets: np.ndarray, n_users: int, back: int) -> Arrays:
-    """Return the first users' histories before their item ``back`` from the end, the target."""
-    targets = offsets[1 : n_users + 1] - back
-    rows = [items[first:last] for first, last in zip(offsets[:n_users], targets, strict=True)]
-    return {
-        "users": np.arange(n_users, dtype=np.int32),
-        "items": np.concatenate(rows),
-        "offsets": np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
-        "targets": items[targets],
-    }
-
-
-def parameters_for(arguments: argparse.Namespace, loss: str) -> TrainingParameters:
-    """Return the project's defaults with a loss, as ``read_loss`` takes it."""
+def parameters_for(arguments: argparse.Namespace, model: str, loss: str) -> TrainingParameters:
+    """Return the project's defaults with a backbone and a loss, as ``read_loss`` takes it."""
     values = read_presets("training")["_training"]
-    model = read_presets("models")["model_presets"]["sasrec"]
-    model |= {"hidden_size": arguments.hidden_size, "dropout": arguments.dropout}
-    values |= {"seed": arguments.seed, "loss": read_loss(loss), "model": model}
+    network = read_presets("models")["model_presets"][model]
+    network |= {"hidden_size": arguments.hidden_size, "dropout": arguments.dropout}
+    values |= {"seed": arguments.seed, "loss": read_loss(loss), "model": network}
     values |= {"batch_size": arguments.batch_size, "max_epochs": arguments.epochs}
+    values |= {"learning_rate": arguments.learning_rate}
     return TrainingParameters.model_validate(values)
 
 
+def train(
+    sequences: tuple[Arrays, ...], parameters: TrainingParameters, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Train a backbone with a loss, rank the test users and return what both took and gave."""
+    log, validation, test = sequences
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        gc.collect()  # what failed before may hold memory yet
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        weights, history = fit(log, validation, Path(folder) / "run", parameters, True)
+    memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0
+    model = load_model(parameters.model, weights, int(log["max_length"][0]))
+    rankings = rank_with_model(model.cuda() if on_gpu else model, test, 10, True)
+    counts = np.bincount(log["items"], minlength=int(log["n_items"][0])).astype(np.int32)
+    popularity = {"users": counts, "n_users": np.array([len(log["users"])])}
+    seconds = [epoch["training_seconds"] for epoch in history["epochs"]]
+    return {
+        "ndcg@10": measure(rankings, popularity, **settings)["ndcg@10"]["value"],
+        "epoch_seconds": statistics.median(seconds),
+        "best_epoch": history["best_epoch"],
+        "seconds_to_best": sum(seconds[: history["best_epoch"]]),
+        "peak_mb": memory,
+        **{fact: history[fact] for fact in ("n_tokens", "device", "precision")},
+    }
+
+
+HEADER = (
+    "model     loss                              NDCG@10  of the best  epoch s  best epoch"
+    "  s to it  MB allocated"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    name = f"{row['model']:8}  {row['loss']:32}"
+    if "failed" in row:
+        return f"{name}  {row['failed']}"
+    return (
+        f"{name}  {row['ndcg@10']:7.4f}  {row['ndcg@10'] / row['best_ndcg@10']:11.1%}"
+        f"  {row['epoch_seconds']:7.2f}  {row['best_epoch']:10}  {row['seconds_to_best']:7.1f}"
+        f"  {row['peak_mb']:12,.0f}"
+    )
+
+
 def main() -> None:
-    """Read the command line, train and print a line for each loss."""
+    """Read the command line, train and print a line for each backbone and loss."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--clusters", type=int, default=500)
+    parser.add_argument("--history", type=int, default=30, help="items of the median history")
+    parser.add_argument("--models", nargs="+", default=["sasrec"], choices=MODELS)
     parser.add_argument("--losses", nargs="+", default=["cce", "cce_minus", "ce_minus", "sce"])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=0.001)
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--max-length", type=int, default=50)
     parser.add_argument("--test-users", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON lines, to which rows are added")
     arguments = parser.parse_args()
+    tried = [
+        (model, loss, parameters_for(arguments, model, loss))
+        for model, loss in product(arguments.models, arguments.losses)
+    ]
     world = plant(arguments)
-    train, validation, test = draw_sequences(world, arguments.test_users, arguments.max_length)
+    sequences = draw_sequences(world, arguments.test_users, arguments.max_length)
     settings = {"cutoffs": [10], "n_bootstrap": 100, "confidence": 0.95, "seed": arguments.seed}
     users = np.arange(arguments.test_users)
     found = measure_best(world, users, None, filter_seen=True, **settings)["leave_one_out"]
     best = found["history"]["ndcg@10"]["value"]
-    print(f"{arguments.items:,} items, {arguments.users:,} users, {len(train['items']):,} rows")
+    rows = len(sequences[0]["items"])
+    print(f"{arguments.items:,} items, {arguments.users:,} users, {rows:,} rows")
     print(f"best NDCG@10 {best:.4f}, knowing the user {found['latent']['ndcg@10']['value']:.4f}")
-    print(
-        "loss                              NDCG@10  of the best  epoch s  best epoch  MB allocated"
-    )
-    for loss in arguments.losses:
-        parameters = parameters_for(arguments, loss)
-        with tempfile.TemporaryDirectory() as folder:
-            weights, history = fit(train, validation, Path(folder) / "run", parameters, True)
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
-        model = load_model(parameters.model, weights, arguments.max_length)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            model = model.cuda()
-        rankings = rank_with_model(model, test, 10, True)
-        counts = np.bincount(train["items"], minlength=arguments.items).astype(np.int32)
-        popularity = {"users": counts, "n_users": np.array([arguments.users])}
-        reached = measure(rankings, popularity, **settings)["ndcg@10"]["value"]
-        seconds = statistics.median(e["training_seconds"] for e in history["epochs"])
-        print(
-            f"{loss:32}  {reached:.4f}  {reached / best:11.1%}  {seconds:7.2f}"
-            f"  {history['best_epoch']:10}  {memory:12,.0f}",
-            flush=True,
-        )
+    print(HEADER)
+    listed = {"models", "losses", "output"}
+    asked = {name: value for name, value in vars(arguments).items() if name not in listed}
+    for model, loss, parameters in tried:
+        row = {"model": model, "loss": loss, **asked, "rows": rows, "best_ndcg@10": best}
+        try:
+            row |= train(sequences, parameters, settings)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"
+        print(line(row), flush=True)
+        if arguments.output:
+            with arguments.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,17 +29,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timing import CUDA, DEVICE, SLOW_MS, ceilings, milliseconds, synchronize
 from torch import Tensor
 from torch.nn import functional
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-import triton  # noqa: E402
+import triton
 
-from sce_pipeline.losses import LOSSES, Histories  # noqa: E402
+from sce_pipeline.losses import LOSSES, Histories
 
 SEQUENCE_LENGTH = 200
 
@@ -86,9 +84,6 @@ WORKS = [
 
 LONGEST_MS = 1500
 """A loss that must be expected to take longer is left out, and said."""
-
-SLOW_MS = 100
-"""From here on a step is timed by itself, a few times in about a second."""
 
 SECONDS = 400
 """What would start later than this after the first row is left out, and said."""
@@ -291,31 +286,6 @@ LARGEST_CHECKED = 25_600 * 173_511
 """Logits of the largest work whose gradients are compared with those in float64."""
 
 
-def milliseconds(step: Callable[[], Any]) -> float:
-    """Return the median time of a step that ran before."""
-    times = [_once(step)]
-    if not CUDA:
-        return times[0]
-    if times[0] < SLOW_MS:
-        return triton.testing.do_bench(step, warmup=20, rep=120, return_mode="median")
-    while sum(times) < 10 * SLOW_MS and len(times) < 5:
-        times.append(_once(step))
-    return statistics.median(times)
-
-
-def _once(step: Callable[[], Any]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    step()
-    _synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def errors(hidden: Tensor, table: Tensor, targets: Tensor) -> dict[str, float]:
     """Return the relative errors of both gradients against float64."""
     x, w = hidden.detach().double(), table.detach().double()
@@ -336,20 +306,9 @@ def errors(hidden: Tensor, table: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def _free() -> None:
-    _synchronize()
+    synchronize()
     if CUDA:
         torch.cuda.empty_cache()
-
-
-def ceilings() -> tuple[float, float]:
-    """Return the rates of a product of bfloat16, in operations/s, and of a copy, in bytes/s."""
-    size = 8192 if CUDA else 256
-    a, b = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
-    ms = milliseconds(lambda: a @ b)
-    source = torch.randn(4 * size**2, device=DEVICE)
-    target = torch.empty_like(source)
-    copied = milliseconds(lambda: target.copy_(source))
-    return 2e3 * size**3 / ms, 2e3 * source.numel() * source.element_size() / copied
 
 
 def run(output: Path, works: list[Work], seconds: float) -> None:

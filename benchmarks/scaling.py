@@ -39,9 +39,9 @@ import numpy as np
 import scaling_report
 import sharded
 import torch
-from at_scale import draw_sequences
 from killed import kill_a_rank
 from overlap import trace
+from planted_log import draw_sequences
 from presets import read_presets
 from torch import distributed
 

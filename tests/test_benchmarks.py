@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import ROOT
+from sce_pipeline.synthetic.histories import draw_histories
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=8)
 
@@ -106,3 +109,89 @@ def test_a_process_that_was_killed_is_not_alive_even_before_it_is_waited_for(ben
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert killed.alive([process.pid]) == []
     assert killed.alive([process.pid]) == []
+
+
+@pytest.mark.parametrize(("items", "longest"), [(600, 267), (500, 250)])
+def test_a_planted_log_is_laid_out_whole_whatever_its_histories(benchmark_module, items, longest):
+    planted_log = benchmark_module("planted_log")
+    sizes = {"items": items, "users": 30, "clusters": 5, "test_users": 20, "history": 40, "seed": 3}
+    world = planted_log.plant(argparse.Namespace(**sizes))
+    assert world.parameters.longest_history == longest
+    log, validation, test = planted_log.draw_sequences(world, 20, 16)
+    drawn = draw_histories(world, np.arange(30))
+    ids = np.split(world.item_ids[drawn.places], drawn.offsets[1:-1])
+    kept = np.split(log["items"], log["offsets"][1:-1])
+    for user in range(20):
+        held_out = validation["targets"][user], test["targets"][user]
+        np.testing.assert_array_equal(ids[user], [*kept[user], *held_out])
+    for held_out, back in ((validation, 2), (test, 1)):
+        np.testing.assert_array_equal(
+            held_out["items"], np.concatenate([history[:-back] for history in ids[:20]])
+        )
+    targets = np.zeros(len(log["items"]), dtype=int)
+    for start, stop in zip(log["window_starts"], log["window_stops"], strict=True):
+        assert stop - start <= 17
+        targets[start + 1 : stop] += 1
+    firsts = np.isin(np.arange(len(targets)), log["offsets"])
+    np.testing.assert_array_equal(targets, ~firsts)
+
+
+def test_losses_at_scale_are_trained_with_each_backbone_and_put_on_record(
+    benchmark_module, monkeypatch, tmp_path, capsys
+):
+    at_scale, rows = benchmark_module("at_scale"), tmp_path / "rows.jsonl"
+
+    def fit(log, validation, folder, parameters, filter_seen):
+        if parameters.loss.name == "ce":
+            raise RuntimeError("the GPU's memory does not suffice")
+        weights, history = fit_all(log, validation, folder, parameters, filter_seen)
+        histories.append(history)
+        return weights, history
+
+    fit_all, histories = at_scale.fit, []
+    monkeypatch.setattr(at_scale, "fit", fit)
+    command = ["at_scale.py", "--items", "200", "--users", "40", "--clusters", "4"]
+    command += ["--history", "8", "--max-length", "8", "--test-users", "20", "--hidden-size", "8"]
+    command += ["--epochs", "2", "--models", "sasrec", "gru4rec", "bert4rec"]
+    command += ["--losses", "ce", "sce:n_buckets=4", "--output", str(rows)]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    at_scale.main()
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    models = ["sasrec", "gru4rec", "bert4rec"]
+    assert [row["model"] for row in found] == [model for model in models for _ in range(2)]
+    for row in found[::2]:
+        assert row["failed"] == "RuntimeError: the GPU's memory does not suffice"
+    for row, history in zip(found[1::2], histories, strict=True):
+        assert 0 <= row["ndcg@10"] <= 1
+        assert row["best_epoch"] == history["best_epoch"]
+        until = [
+            e["training_seconds"] for e in history["epochs"] if e["epoch"] <= row["best_epoch"]
+        ]
+        assert row["seconds_to_best"] == pytest.approx(sum(until))
+    assert capsys.readouterr().out.count("n_buckets=4") == 3
+
+
+def test_recommendations_are_timed_by_parts_until_time_is_over(
+    benchmark_module, monkeypatch, capsys
+):
+    recommending = benchmark_module("recommending")
+    monkeypatch.setattr(recommending, "CUDA", False)
+    monkeypatch.setattr(recommending, "DEVICE", "cpu")
+    monkeypatch.setattr(recommending, "synchronize", lambda: None)
+    monkeypatch.setattr("sys.argv", ["recommending.py", "--tiny"])
+    recommending.main()
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [line[-9] for line in table] == ["500", "500"]
+    sizes = {**recommending.TINY, "k": 5, "seconds": 0}
+    arguments = argparse.Namespace(**sizes)
+    model, histories = recommending.build(arguments), recommending.draw_histories(arguments)
+    start = time.perf_counter()
+    row = recommending.measure(model, histories, None, arguments, (1e9, 1e9))
+    passed = time.perf_counter() - start
+    assert row["users"] == 200
+    assert row["rows"] == histories[1][200]
+    assert min(row["seconds"].values()) > 0
+    assert sum(row["seconds"].values()) < passed
+    assert row["floor"] == 2 * 200 * 3_000 * 16 / 1e9
+    assert recommending.deny(3_000).sum() == 300
