@@ -75,7 +75,9 @@ def test_any_float_scores_are_ordered_as_numbers(scores, data):
 
 @pytest.mark.parametrize("k", [0, 1, 7, 90, 120])
 @pytest.mark.parametrize("filter_seen", [False, True])
-def test_ranks_and_top_items_are_those_of_a_lexical_sort(k, filter_seen):
+@pytest.mark.parametrize("group", [2, 4, 256])
+def test_ranks_and_top_items_are_those_of_a_lexical_sort(monkeypatch, k, filter_seen, group):
+    monkeypatch.setattr(ranking_module, "_GROUP", group)
     generator = np.random.default_rng(k)
     n_users, n_items = 200, 90
     hidden = generator.integers(-2, 3, size=(n_users, 3))
@@ -116,6 +118,17 @@ def test_a_target_of_minus_zero_ties_with_zeros(target):
 def test_minus_zero_ties_with_zeros_in_lists(k):
     items, _ = ranking_module._top_items(torch.tensor([ZEROS]), k, shard=None)
     assert items.tolist() == [[0, 1, 2, 3, 4][:k]]
+
+
+@pytest.mark.parametrize("n_items", [31, 33, 257])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_largest_scores_are_found_by_groups(monkeypatch, n_items, n):
+    monkeypatch.setattr(ranking_module, "_GROUP", 2)
+    scores = torch.stack([torch.randperm(n_items).float() for _ in range(500)])
+    values, columns = ranking_module._largest(scores, n)
+    expected = scores.topk(n, dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(columns, expected.indices)
 
 
 def test_equal_scores_rank_by_id():

@@ -22,6 +22,10 @@ SCORES_AT_ONCE = 2**23
 """Most scores held at once, unless one user has more: 32 MiB. With what is made of them there are
 75 MiB; for lists of top items up to 125, where equal scores contest the last place of each."""
 
+SCORES_AT_ONCE_FOR_LISTS = 2**27
+"""The same where nothing but lists of top items is asked for, of models that do not train: 512 MiB.
+Each time, the item table is read once, and the device is waited for."""
+
 SCORES_AT_ONCE_ON_CPU = 2**21
 """The same on a CPU, where they should stay in the cache: 8 MiB."""
 
@@ -30,6 +34,13 @@ NEVER_RANKED = torch.iinfo(torch.int64).max
 
 NO_ITEM = -1
 """Fills the end of a list of top items where fewer items are left than it has places."""
+
+_GROUP = 256
+"""Items whose largest score stands for all of them until the best groups are known."""
+
+_GROUPS_TO_SPARE = 4
+"""As many times as there are places in a list must there be groups, or looking into them is no
+less work than looking through all scores."""
 
 _LEFT_OUT = -torch.inf
 """Score of an item that is left out, below those of all others."""
@@ -158,7 +169,9 @@ def find_top_items(
     k: int,
     excluded: Tensor | None = None,
 ) -> TopItems:
-    """Find the first items of some users, in the order and within the memory of ``rank_block``.
+    """Find the first items of some users, in the order of ``rank_block``.
+
+    No more than ``SCORES_AT_ONCE_FOR_LISTS`` scores exist at once.
 
     Args:
         hidden: A state for each user, [users, d].
@@ -179,7 +192,7 @@ def find_top_items(
     finite = torch.empty(n_users, dtype=torch.bool, device=hidden.device)
     score = _products(hidden, item_embeddings)
     for users, scores, all_finite in _score_blocks(
-        score, n_users, n_items, hidden.device, seen, None
+        score, n_users, n_items, hidden.device, seen, None, SCORES_AT_ONCE_FOR_LISTS
     ):
         if excluded is not None:
             scores.masked_fill_(excluded, _LEFT_OUT)
@@ -221,7 +234,9 @@ def rank_scores(
     target_ranks = torch.empty(n_users, dtype=torch.int64, device=device)
     top_items = torch.empty(n_users, k, dtype=torch.int64, device=device)
     finite = torch.empty(n_users, dtype=torch.bool, device=device)
-    for users, scores, all_finite in _score_blocks(score, n_users, n_items, device, seen, shard):
+    for users, scores, all_finite in _score_blocks(
+        score, n_users, n_items, device, seen, shard, SCORES_AT_ONCE
+    ):
         target_ranks[users], finite[users] = _rank_targets(
             scores, targets[users] - first_item, all_finite, shard
         )
@@ -371,22 +386,25 @@ def _score_blocks(
     device: torch.device,
     seen: tuple[Tensor, Tensor] | None,
     shard: Shard | None,
+    at_once: int,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Score all items for as many users at once as memory is meant for.
+    """Score all items for as many users at once as make ``at_once`` scores, or fewer on a CPU.
 
     Yields:
         The users, their scores [users, n_items] with seen items left out, and whether they were
         finite before that, bool [users].
     """
     first_item, largest = (shard.first_item, shard.largest) if shard else (0, n_items)
-    at_once = SCORES_AT_ONCE_ON_CPU if device.type == "cpu" else SCORES_AT_ONCE
-    at_once = max(1, at_once // largest)
-    starts = range(0, n_users, at_once)
+    if device.type == "cpu":
+        at_once = SCORES_AT_ONCE_ON_CPU
+    users_at_once = max(1, at_once // largest)
+    starts = range(0, n_users, users_at_once)
     left_out = _cut(seen, [*starts, n_users], device) if seen else None
     for block, start in enumerate(starts):
-        users = slice(start, start + at_once)
+        users = slice(start, start + users_at_once)
         scores = score(users)
-        finite = scores.amin(dim=1).isfinite() & scores.amax(dim=1).isfinite()
+        least, greatest = scores.aminmax(dim=1)
+        finite = least.isfinite() & greatest.isfinite()
         if left_out:
             rows, items = left_out[block]
             _leave_out(scores, rows, items - first_item, shard)
@@ -465,11 +483,12 @@ def _top_items(scores: Tensor, k: int, shard: Shard | None) -> tuple[Tensor, Ten
     width = min(k, n_items)
     # One place more than asked for tells whether equal scores contest the last one: topk may give
     # that to any of them, also to the wrong zero, as -0 is less than 0 to it.
-    values, items = scores.topk(min(k + 1, n_items), dim=1)
+    values, items = _largest(scores, min(k + 1, n_items))
     contested = (values[:, width - 1 : width] == values[:, width:]).any(dim=1)
     items = items[:, :width]
     rows = contested.nonzero()[:, 0]  # waits for the device
-    items[rows] = _keys(scores[rows]).topk(width, dim=1).indices
+    for some in filter(len, rows.split(max(1, SCORES_AT_ONCE // n_items))):
+        items[some] = _keys(scores[some]).topk(width, dim=1).indices
     values = scores.gather(1, items).add_(0.0)  # makes -0 into 0, which sort may tell apart
     items = F.pad(items, (0, k - width))
     values = F.pad(values, (0, k - width), value=_LEFT_OUT)
@@ -479,6 +498,26 @@ def _top_items(scores: Tensor, k: int, shard: Shard | None) -> tuple[Tensor, Ten
     values, by_score = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     items = items.gather(1, by_score).masked_fill_(values == _LEFT_OUT, NO_ITEM)
     return items[:, :k], values[:, :k]
+
+
+def _largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Find the n largest scores of each row, and their columns; equal ones in any order.
+
+    They are in the n groups of columns with the largest maxima, or equal to one in these, and
+    in the columns after the last whole group.
+    """
+    n_columns = scores.shape[1]
+    n_groups = n_columns // _GROUP
+    if n_groups < _GROUPS_TO_SPARE * n:
+        return scores.topk(n, dim=1)
+    maxima = scores[:, : n_groups * _GROUP].unflatten(1, (n_groups, _GROUP)).amax(dim=2)
+    groups = maxima.topk(n, dim=1).indices
+    place = torch.arange(_GROUP, device=scores.device)
+    rest = torch.arange(n_groups * _GROUP, n_columns, device=scores.device)
+    columns = (groups[:, :, None] * _GROUP + place).flatten(1)
+    columns = torch.cat([columns, rest.expand(len(scores), -1)], dim=1)
+    values, places = scores.gather(1, columns).topk(n, dim=1)
+    return values, columns.gather(1, places)
 
 
 def _keys(scores: Tensor) -> Tensor:
