@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from sce_pipeline.parameters import Sweep
+from sce_pipeline.parameters import Sweep, SweepOptions
 from sce_pipeline.sweeps.run import run_trials
 from sce_pipeline.sweeps.search import build_search, expand
 from sce_pipeline.sweeps.trials import SCORE, Records, Trial, digest_of
@@ -27,6 +28,24 @@ def finish(score=0.5):
 
 
 FAILURE = {"status": "failed", "error": "it broke", "out_of_memory": False, "metrics": {}}
+
+
+class FakeRunner:
+    """Runs trials by a function, and knows whether it was asked to end them."""
+
+    def __init__(self, run):
+        self.run = run
+        self.closed = threading.Event()
+
+    def close(self):
+        self.closed.set()
+
+
+def run(sweep, records, execute, retry_failed=False, at_once=1):
+    """Run a sweep whose trials are calls of a function."""
+    options = SweepOptions(retry_failed=retry_failed, trials_at_once=at_once)
+    search = build_search(sweep, plan, records, at_once)
+    return run_trials(search, records, FakeRunner(execute), options)
 
 
 def test_a_grid_is_every_combination_and_grids_follow_one_another():
@@ -84,7 +103,7 @@ def test_a_sweep_that_makes_no_sense_is_refused(sweep):
 def test_all_bad_combinations_are_listed_at_once(tmp_path):
     sweep = parse(search="grid", grid={"a": [1, "bad"], "b": ["bad", 2]})
     with pytest.raises(ValueError, match="3 of 4 combinations") as caught:
-        build_search(sweep, plan, Records(tmp_path))
+        build_search(sweep, plan, Records(tmp_path), 1)
     text = str(caught.value)
     assert all(f"{values}: that is bad" in text for values in ("a=1,b=bad", "a=bad,b=2"))
 
@@ -97,8 +116,7 @@ def test_the_same_trial_of_two_grids_runs_once(tmp_path):
         ran.append(trial.values["a"])
         return finish()
 
-    records = Records(tmp_path)
-    done = run_trials(build_search(sweep, plan, records), records, execute, False)
+    done = run(sweep, Records(tmp_path), execute)
     assert ran == [1, 2, 3] == [record["values"]["a"] for record in done]
 
 
@@ -114,8 +132,7 @@ def test_what_finished_is_never_run_again_and_what_failed_if_asked(tmp_path, cap
 
     def sweep_once(retry_failed):
         ran_before = len(ran)
-        search = build_search(sweep, plan, records)
-        done = run_trials(search, records, execute, retry_failed)
+        done = run(sweep, records, execute, retry_failed)
         return ran[ran_before:], [record["status"] for record in done]
 
     assert sweep_once(False) == ([1, 2, 3], ["finished", "failed", "finished"])
@@ -171,7 +188,7 @@ def test_optuna_goes_on_where_it_was_cut_off(tmp_path):
         return FAILURE if len(ran) == 4 else finish(1 - abs(trial.values["x"] - 0.3))
 
     def sweep_once(retry_failed=False):
-        return run_trials(build_search(sweep, plan, records), records, execute, retry_failed)
+        return run(sweep, records, execute, retry_failed)
 
     with pytest.raises(Killed):
         sweep_once()
@@ -193,11 +210,11 @@ def test_optuna_is_asked_for_by_name_where_it_is_absent(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     sweep = parse(search="optuna", n_trials=1, seed=1, distributions={"a": [1, 2]})
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sce-pipeline\[optuna\]'"):
-        build_search(sweep, plan, Records(tmp_path))
+        build_search(sweep, plan, Records(tmp_path), 1)
 
 
 def test_optuna_refuses_bad_ends_and_choices_beforehand(tmp_path):
     distributions = {"a": [1, "bad"], "b": {"low": 1, "high": 2, "log": False}}
     sweep = parse(search="optuna", n_trials=1, seed=1, distributions=distributions)
     with pytest.raises(ValueError, match=r"1 of 3 combinations.*\n.*that is bad"):
-        build_search(sweep, plan, Records(tmp_path))
+        build_search(sweep, plan, Records(tmp_path), 1)
