@@ -4,48 +4,12 @@ import sys
 import threading
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from fake_trials import FAILURE, finish, parse, plan, run
+from pydantic import ValidationError
 
-from sce_pipeline.parameters import Sweep, SweepOptions
-from sce_pipeline.sweeps.run import run_trials
 from sce_pipeline.sweeps.search import build_search, expand
-from sce_pipeline.sweeps.trials import SCORE, Records, Trial, digest_of
+from sce_pipeline.sweeps.trials import SCORE, Records
 from sce_pipeline.sweeps.values import lay_over
-
-
-def parse(**sweep):
-    return TypeAdapter(Sweep).validate_python(sweep)
-
-
-def plan(values):
-    if any(value == "bad" for value in values.values()):
-        raise ValueError("that is bad")
-    return Trial(dict(values), dict(values), digest_of(values))
-
-
-def finish(score=0.5):
-    return {"status": "finished", SCORE: score, "metrics": {}}
-
-
-FAILURE = {"status": "failed", "error": "it broke", "out_of_memory": False, "metrics": {}}
-
-
-class FakeRunner:
-    """Runs trials by a function, and knows whether it was asked to end them."""
-
-    def __init__(self, run):
-        self.run = run
-        self.closed = threading.Event()
-
-    def close(self):
-        self.closed.set()
-
-
-def run(sweep, records, execute, retry_failed=False, at_once=1):
-    """Run a sweep whose trials are calls of a function."""
-    options = SweepOptions(retry_failed=retry_failed, trials_at_once=at_once)
-    search = build_search(sweep, plan, records, at_once)
-    return run_trials(search, records, FakeRunner(execute), options)
 
 
 def test_a_grid_is_every_combination_and_grids_follow_one_another():
@@ -165,6 +129,10 @@ def test_values_are_laid_into_groups_and_clash_with_none():
         lay_over(asked, {"seed.value": 1})
 
 
+def records_of(folder):
+    return {path.stem for path in folder.glob("*.json")}
+
+
 class Killed(BaseException):
     """What ends a sweep in the middle of a trial."""
 
@@ -204,6 +172,52 @@ def test_optuna_goes_on_where_it_was_cut_off(tmp_path):
     assert [record["status"] for record in again] == ["finished"] * 12
     assert len(sweep_once(retry_failed=True)) == 12
     assert len(ran) == 13
+
+
+def test_optuna_is_asked_for_two_at_once_and_goes_on_with_both(tmp_path):
+    optuna = pytest.importorskip("optuna", reason="Optuna is an optional extra")
+    sweep = parse(
+        search="optuna",
+        n_trials=9,
+        seed=3,
+        distributions={"x": {"low": -1.0, "high": 1.0, "log": False}},
+    )
+    records = Records(tmp_path)
+    both = threading.Barrier(2)
+    started, killed = [], []
+
+    def execute(trial):
+        both.wait(60)  # which fails if they run one by one
+        return finish(1 - abs(trial.values["x"] - 0.3))
+
+    def execute_some(trial):
+        started.append(trial.values)
+        outcome = execute(trial)
+        if len(records_of(tmp_path)) >= 4:
+            killed.append(trial.values)
+            raise Killed
+        return outcome
+
+    def execute_rest(trial):
+        started.append(trial.values)
+        return finish(1 - abs(trial.values["x"] - 0.3))
+
+    with pytest.raises(Killed):
+        run(sweep, records, execute_some, at_once=2)
+    assert killed
+    cut_off = [values for values in started if plan(values).digest not in records_of(tmp_path)]
+    n_done = len(records_of(tmp_path))
+    started.clear()
+    done = run(sweep, records, execute_rest, at_once=2)
+    assert started[: len(cut_off)] == cut_off
+    assert len(started) == 9 - n_done
+    assert len({record["digest"] for record in done}) == len(done) == 9
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db")
+    known = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert {old.params["x"]: old.value for old in known} == {
+        record["values"]["x"]: record[SCORE] for record in done
+    }
+    assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
 
 
 def test_optuna_is_asked_for_by_name_where_it_is_absent(tmp_path, monkeypatch):
