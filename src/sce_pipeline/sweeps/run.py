@@ -17,6 +17,9 @@ from sce_pipeline.sweeps.values import describe
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = 0.5
+"""Seconds after which Ctrl-C is answered at the latest: Polars' handler lets waits go on."""
+
 
 class Runner(Protocol):
     """Something that runs trials, in as many threads as call it."""
@@ -131,11 +134,13 @@ class _Trials:
             BaseException: What ended it was no outcome: somebody asked it to end, or the sweep's
                 own files cannot be written.
         """
-        for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+        ended: set[Future[dict[str, Any]]] = set()
+        while not ended:
+            ended = wait(self._running, ATTENTION, FIRST_COMPLETED).done
+        for future in ended:
             record = future.result()
-            ended = self._running.pop(future)
-            seconds = time.perf_counter() - ended.started
-            self.end(ended.number, ended.proposal, record, seconds)
+            one = self._running.pop(future)
+            self.end(one.number, one.proposal, record, time.perf_counter() - one.started)
 
     def _seconds_left(self) -> float:
         """Estimate how long what runs and what has not started will take, from what has ended."""
