@@ -131,13 +131,21 @@ def test_what_ends_a_sweep_ends_the_trials_that_run_and_keeps_what_they_bring(tm
     assert records.find(plan({"a": 3}))[SCORE] == 0.25
 
 
-def test_ctrl_c_ends_the_trials_that_run(tmp_path):
+def test_ctrl_c_ends_the_trials_that_run(tmp_path, monkeypatch):
     importlib.import_module("polars")  # whose handler of signals lets what waits go on
-    started = threading.Barrier(2)
+    real_wait = running.wait
+    waits = threading.Event()
     in_time = []
 
+    def wait(*args):
+        waits.set()
+        return real_wait(*args)
+
+    monkeypatch.setattr(running, "wait", wait)
+
     def execute(trial):
-        if started.wait(PATIENCE) == 0:
+        assert waits.wait(PATIENCE)
+        if trial.values["a"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
         in_time.append(runner.closed.wait(PATIENCE / 2))
         raise KeyboardInterrupt

@@ -129,10 +129,6 @@ def test_values_are_laid_into_groups_and_clash_with_none():
         lay_over(asked, {"seed.value": 1})
 
 
-def records_of(folder):
-    return {path.stem for path in folder.glob("*.json")}
-
-
 class Killed(BaseException):
     """What ends a sweep in the middle of a trial."""
 
@@ -174,50 +170,50 @@ def test_optuna_goes_on_where_it_was_cut_off(tmp_path):
     assert len(ran) == 13
 
 
-def test_optuna_is_asked_for_two_at_once_and_goes_on_with_both(tmp_path):
+def test_optuna_is_asked_for_two_at_once_and_goes_on_with_both(tmp_path, monkeypatch):
     optuna = pytest.importorskip("optuna", reason="Optuna is an optional extra")
-    sweep = parse(
-        search="optuna",
-        n_trials=9,
-        seed=3,
-        distributions={"x": {"low": -1.0, "high": 1.0, "log": False}},
-    )
+    sampler, liars = optuna.samplers.TPESampler, []
+
+    def make_sampler(**options):
+        if options:  # a study makes one of its own before it is given ours
+            liars.append(options["constant_liar"])
+        return sampler(**options)
+
+    monkeypatch.setattr(optuna.samplers, "TPESampler", make_sampler)
+    distributions = {"x": {"low": -1.0, "high": 1.0, "log": False}}
+    sweep = parse(search="optuna", n_trials=9, seed=3, distributions=distributions)
     records = Records(tmp_path)
     both = threading.Barrier(2)
-    started, killed = [], []
+    started = []
 
-    def execute(trial):
-        both.wait(60)  # which fails if they run one by one
+    def measure(trial):
+        started.append(trial.values["x"])
         return finish(1 - abs(trial.values["x"] - 0.3))
 
-    def execute_some(trial):
-        started.append(trial.values)
-        outcome = execute(trial)
-        if len(records_of(tmp_path)) >= 4:
-            killed.append(trial.values)
+    def measure_in_pairs(trial):
+        outcome = measure(trial)
+        both.wait(60)  # which fails if they run one by one
+        if len(list(tmp_path.glob("*.json"))) == 4:
             raise Killed
         return outcome
 
-    def execute_rest(trial):
-        started.append(trial.values)
-        return finish(1 - abs(trial.values["x"] - 0.3))
-
     with pytest.raises(Killed):
-        run(sweep, records, execute_some, at_once=2)
-    assert killed
-    cut_off = [values for values in started if plan(values).digest not in records_of(tmp_path)]
-    n_done = len(records_of(tmp_path))
+        run(sweep, records, measure_in_pairs, at_once=2)
+    cut_off = [x for x in started if records.find(plan({"x": x})) is None]
+    assert len(started) == 6
+    assert len(cut_off) == 2
     started.clear()
-    done = run(sweep, records, execute_rest, at_once=2)
-    assert started[: len(cut_off)] == cut_off
-    assert len(started) == 9 - n_done
+    done = run(sweep, records, measure, at_once=2)
+    assert set(started[:2]) == set(cut_off)
+    assert len(started) == 5
     assert len({record["digest"] for record in done}) == len(done) == 9
+    assert liars == [True, True]
+
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db")
-    known = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    assert {old.params["x"]: old.value for old in known} == {
-        record["values"]["x"]: record[SCORE] for record in done
-    }
-    assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    states = optuna.trial.TrialState
+    known = {old.params["x"]: old.value for old in study.get_trials(states=(states.COMPLETE,))}
+    assert known == {record["values"]["x"]: record[SCORE] for record in done}
+    assert not study.get_trials(states=(states.RUNNING, states.WAITING))
 
 
 def test_optuna_is_asked_for_by_name_where_it_is_absent(tmp_path, monkeypatch):
