@@ -131,8 +131,8 @@ class _Trials:
         """Wait until one ends, or more.
 
         Raises:
-            BaseException: What ended it was no outcome: somebody asked it to end, or the sweep's
-                own files cannot be written.
+            KeyboardInterrupt: It was asked to end, so the sweep is.
+            OSError: Its record cannot be written.
         """
         ended: set[Future[dict[str, Any]]] = set()
         while not ended:
