@@ -48,6 +48,19 @@ def test_a_run_loads_its_own_version_whatever_runs_beside_it(tmp_path):
     assert found.load() == OWN
 
 
+def test_a_run_says_nothing_of_what_another_saves_beside_it(tmp_path, recwarn):
+    def train():
+        save_beside(tmp_path, LATER)
+        return OWN
+
+    nodes = [Node(train, None, "weights")]
+    catalog = make_catalog(tmp_path)
+    VersionHooks().before_pipeline_run(Pipeline(nodes), catalog)
+    found = SequentialRunner().run(Pipeline(nodes), catalog)["weights"]
+    assert found.load() == OWN
+    assert not [warning for warning in recwarn if "Save version" in str(warning.message)]
+
+
 def test_what_a_run_does_not_save_is_the_latest(tmp_path):
     for version in (EARLIER, LATER):
         save_beside(tmp_path, version)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -90,6 +92,28 @@ def test_a_run_is_tracked_whole(project, log, fake):
         "metrics_figure.html",
     }
     assert client.status == "FINISHED"
+
+
+def test_runs_that_end_together_make_one_experiment(tmp_path, fake, monkeypatch):
+    created = []
+
+    def get(client, name):
+        found = list(created)
+        time.sleep(0.05)  # in which the others would look too
+        return types.SimpleNamespace(experiment_id=found[0]) if found else None
+
+    def create(client, name, artifact_location):
+        created.append(str(len(created)))
+        return created[-1]
+
+    monkeypatch.setattr(fake, "get_experiment_by_name", get)
+    monkeypatch.setattr(fake, "create_experiment", create)
+    hooks = TrackingHooks()
+    hooks._project = tmp_path
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: hooks._open("sqlite:", "walk"), range(4)))
+    assert [number for _, number in opened] == ["0"] * 4
+    assert created == ["0"]
 
 
 def test_tracking_that_fails_is_a_warning(project, log, fake, caplog):

@@ -129,13 +129,13 @@ class VersionHooks:
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Fix the version of everything that one node saves and another loads.
+        """Fix the version of everything that the run saves, for its nodes and whoever asks it.
 
         Raises:
             FileNotFoundError: There is no training history of the weights that would be loaded.
             ValueError: A training history of another version than theirs is asked for.
         """
-        for name in pipeline.all_outputs() & pipeline.all_inputs():
+        for name in pipeline.all_outputs():
             dataset = catalog.get(name)
             if isinstance(dataset, AbstractVersionedDataset) and dataset._version:
                 version = dataset.resolve_save_version()

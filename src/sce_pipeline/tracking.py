@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 
@@ -35,6 +36,9 @@ LONGEST = 500
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """How long a server that does not answer is waited for, unless the environment says."""
+
+TURN = 120.0
+"""Seconds that a run waits for others that look for the experiment at the same time."""
 
 
 class TrackingHooks:
@@ -83,19 +87,9 @@ class TrackingHooks:
         """Write the run and mark it as finished."""
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # noqa: PLC0415
         from mlflow.entities import Metric, Param  # noqa: PLC0415
 
-        uri = self._locate(settings.uri)
-        client = MlflowClient(tracking_uri=uri)
-        experiment = client.get_experiment_by_name(settings.experiment)
-        if experiment is None:
-            artifacts = self._project / "data/mlflow" if uri.startswith("sqlite:") else None
-            number = client.create_experiment(
-                settings.experiment, artifact_location=artifacts and artifacts.absolute().as_uri()
-            )
-        else:
-            number = experiment.experiment_id
+        client, number = self._open(self._locate(settings.uri), settings.experiment)
         version = run_params["run_id"]
         names = ("dataset", "loss", "model", "trial")
         tags = {name: str(value) for name in names if (value := self._parameters[name]) is not None}
@@ -118,6 +112,24 @@ class TrackingHooks:
         for name, text in self._artifacts():
             client.log_text(run.info.run_id, text, name)
         client.set_terminated(run.info.run_id, status="FINISHED")
+
+    def _open(self, uri: str, name: str) -> tuple[Any, str]:
+        """Return a client and the number of an experiment, made where there is none.
+
+        Runs that end together, as trials of a sweep do, take turns: each would make it, and the
+        client the tables of a new SQLite file.
+        """
+        from mlflow import MlflowClient  # noqa: PLC0415
+
+        with FileLock(self._project / "data/.mlflow.lock", timeout=TURN):
+            client = MlflowClient(tracking_uri=uri)
+            experiment = client.get_experiment_by_name(name)
+            if experiment is not None:
+                return client, experiment.experiment_id
+            artifacts = self._project / "data/mlflow" if uri.startswith("sqlite:") else None
+            return client, client.create_experiment(
+                name, artifact_location=artifacts and artifacts.absolute().as_uri()
+            )
 
     def _locate(self, uri: str) -> str:
         """Return where MLflow keeps runs; a relative SQLite file lies in the project."""

@@ -2,22 +2,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 import torch
 import yaml
+from filelock import FileLock
+from kedro.io.core import generate_timestamp
 
 from helpers import ROOT, SMALL_RUN, make_log
 from sce_pipeline.pipeline_registry import register_pipelines
-from sce_pipeline.pipelines.sweep import nodes, process
+from sce_pipeline.pipelines.sweep import process, trial
 from sce_pipeline.pipelines.sweep.nodes import choose_sweep, tabulate
 from sce_pipeline.pipelines.sweep.planning import Planner
+from sce_pipeline.pipelines.sweep.process import TrialProcesses
 from sce_pipeline.pipelines.sweep.trial import describe_failure
 from sce_pipeline.sweeps.rules import DataSizes
 from sce_pipeline.sweeps.search import corners, expand
@@ -41,14 +47,14 @@ def read_table(project):
     return pl.read_csv(folder_of(project) / "trials.csv").to_dicts()
 
 
-def make_planner(project, data_sizes=None, **runtime_params):
+def make_planner(project, data_sizes=None, pipelines=("training",), **runtime_params):
     request = {
         "project_path": str(project.folder),
         "conf_source": str(project.folder / "conf"),
         "env": "local",
         "runtime_params": runtime_params,
     }
-    return Planner(request, data_sizes or DataSizes(100, 9.0, {}), ("training",))
+    return Planner(request, data_sizes or DataSizes(100, 9.0, {}), pipelines)
 
 
 def test_the_default_pipeline_sweeps_nothing(project):
@@ -85,7 +91,10 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_left_and_over_failures(
 ):
     project.write_log("walk", make_log(n_users=40, n_items=12, length=8))
     write_sweep(project, grid={"loss": ["ce"], "training.learning_rate": [0.01, 1e30]})
-    parameters = {**SMALL_RUN, "sweep": "tiny"}
+    at_once = {"sweep_options": {"trials_at_once": 2}}
+    parameters = {**SMALL_RUN, "sweep": "tiny", **at_once}
+    planner = make_planner(project, pipelines=("training", "evaluation"), **parameters)
+    second = planner.plan({"loss": "ce", "training.learning_rate": 1e30})
     code = f"""
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
@@ -95,47 +104,58 @@ with KedroSession.create({str(project.folder)!r}, runtime_params={parameters!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     trials = folder_of(project) / "trials"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=project.folder, env=environment
-    ) as killed:
+    trials.mkdir(parents=True)
+    with (
+        FileLock(trials / f"{second.digest}.running"),  # so the second lasts longer than the first
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=project.folder, env=environment
+        ) as killed,
+    ):
+        wait_for(lambda: len(processes_in(project.folder)) == 2)
         wait_for(lambda: len(list(trials.glob("*.json"))) == 1)
-        wait_for(lambda: processes_in(project.folder) and len(list(trials.glob("*.log"))) == 2)
+        assert len(processes_in(project.folder)) == 1
         killed.send_signal(signal.SIGKILL)
     wait_for(lambda: not processes_in(project.folder))
     assert not (folder_of(project) / "trials.csv").exists()
     (first,) = trials.glob("*.json")
     written = first.stat().st_mtime_ns
 
-    sweep(project)
+    write_sweep(project, grid={"loss": ["ce"], "training.learning_rate": [0.01, 1e30, 0.02]})
+    sweep(project, **at_once)
     assert first.stat().st_mtime_ns == written
-    good, bad = read_table(project)
-    assert (good["status"], bad["status"]) == ("finished", "failed")
-    assert good["digest"] == first.stem
+    good, bad, third = read_table(project)
+    assert [row["status"] for row in (good, bad, third)] == ["finished", "failed", "finished"]
+    assert (good["digest"], bad["digest"]) == (first.stem, second.digest)
+    lines = re.findall(r"trial (\d) of 3: .*learning_rate=[^\s:]+(:)?", caplog.text)
+    assert lines[:3] == [("1", ":"), ("2", ""), ("3", "")]
+    assert sorted(lines[3:]) == [("2", ":"), ("3", ":")]
     assert "NotFiniteError" in bad["error"]
     assert not bad["out_of_memory"]
-    assert "1 of 2 trials failed" in caplog.text
-    (version,) = project.versions("06_models", "walk", "ce", "training_history.json")
-    assert version.parent.name == good["version"]
-    history = json.loads(version.read_text())
+    assert "1 of 3 trials failed" in caplog.text
+    versions = project.versions("06_models", "walk", "ce", "training_history.json")
+    assert [path.parent.name for path in versions] == [good["version"], third["version"]]
+    history = json.loads(versions[0].read_text())
     assert history["parameters"]["learning_rate"] == good["training.learning_rate"] == 0.01
     assert history["parameters"]["model"]["hidden_size"] == 8
     assert good["validation_ndcg@10"] == max(epoch["ndcg@10"] for epoch in history["epochs"])
-    (metrics,) = project.versions("08_reporting", "walk", "ce", "metrics.json")
-    assert good["test_ndcg@10"] == json.loads(metrics.read_text())["model"]["ndcg@10"]["value"]
+    metrics = project.versions("08_reporting", "walk", "ce", "metrics.json")
+    assert [row["test_ndcg@10"] for row in (good, third)] == [
+        json.loads(path.read_text())["model"]["ndcg@10"]["value"] for path in metrics
+    ]
 
     ran = []
 
-    def finish(request, trial, pipelines, folder):
+    def finish(processes, trial):
         ran.append(trial.digest)
         return {"status": "finished", "validation_ndcg@10": 0.5, "metrics": {}}
 
-    monkeypatch.setattr(nodes, "run_in_process", finish)
+    monkeypatch.setattr(TrialProcesses, "run", finish)
     sweep(project)
     assert not ran
-    assert read_table(project) == [good, bad]
+    assert read_table(project) == [good, bad, third]
     sweep(project, sweep_options={"retry_failed": True})
     assert ran == [bad["digest"]]
-    assert [row["status"] for row in read_table(project)] == ["finished", "finished"]
+    assert [row["status"] for row in read_table(project)] == ["finished"] * 3
 
 
 def test_a_bad_combination_stops_a_sweep_before_any_trial(project):
@@ -149,6 +169,15 @@ def test_a_bad_combination_stops_a_sweep_before_any_trial(project):
     assert "training.patience\n  Input should be greater than 0" in text
     assert "training.loss.ce.t\n  Extra inputs are not permitted" in text
     assert not list(folder_of(project).glob("trials/*"))
+
+
+def test_trials_that_process_data_do_not_run_side_by_side(project):
+    project.write_log("walk", make_log(n_users=40, n_items=12, length=8))
+    write_sweep(project, grid={"seed": [1, 2]}, pipelines=["data_processing", "training"])
+    with pytest.raises(ValueError, match=r"trials_at_once is 2, but the trials of the sweep tiny"):
+        sweep(project, "data_processing", sweep_options={"trials_at_once": 2})
+    assert not project.path("02_intermediate").exists()
+    make_planner(project)._check({"sweep_options": {"trials_at_once": 2}})  # as a trial's are
 
 
 def test_a_sweep_must_be_chosen_and_exist(project):
@@ -221,15 +250,18 @@ def test_the_named_sweeps_are_good(project, name):
     )
 
 
-def run_script(tmp_path, monkeypatch, script):
-    """Run a trial whose process is a shell script."""
+def make_processes(tmp_path, monkeypatch, script, at_once=1):
+    """Processes of trials that are a shell script; its folder of trials is ``tmp_path/trials``."""
     shell = tmp_path / "shell"
     shell.write_text(f"#!/bin/sh\n{script}\n")
     shell.chmod(0o755)
     monkeypatch.setattr(process.sys, "executable", str(shell))
     request = {"project_path": str(tmp_path), "conf_source": "conf", "env": None}
-    trial = Trial({}, {}, "0123")
-    return process.run_in_process(request, trial, ("training",), tmp_path / "trials")
+    return TrialProcesses(request, ("training",), tmp_path / "trials", at_once)
+
+
+def run_script(tmp_path, monkeypatch, script):
+    return make_processes(tmp_path, monkeypatch, script).run(Trial({}, {}, "0123"))
 
 
 def test_a_process_that_dies_without_a_word_is_a_failure(tmp_path, monkeypatch):
@@ -250,6 +282,71 @@ def test_a_trial_that_is_asked_to_end_ends_the_sweep_and_has_not_failed(
 ):
     with pytest.raises(KeyboardInterrupt):
         run_script(tmp_path, monkeypatch, ended)
+
+
+def run_all(processes, digests):
+    """Run trials side by side; returns outcomes or errors, in futures."""
+    pool = ThreadPoolExecutor(len(digests))
+    futures = [pool.submit(processes.run, Trial({}, {}, digest)) for digest in digests]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def test_trials_that_run_end_with_the_sweep_and_have_not_failed(tmp_path, monkeypatch):
+    # Its input ends, and it fails by that; it is in a session that no terminal's Ctrl-C reaches.
+    script = "read message; echo $$; read more; exit 3"
+    processes = make_processes(tmp_path, monkeypatch, script)
+    futures = run_all(processes, ["a", "b"])
+    logs = [tmp_path / f"trials/{digest}.log" for digest in "ab"]
+    wait_for(lambda: all(log.exists() and log.read_text().strip() for log in logs))
+    numbers = [int(log.read_text()) for log in logs]
+    assert os.getsid(0) not in [os.getsid(number) for number in numbers]
+    assert not any(future.done() for future in futures)
+    processes.close()
+    for future in futures:
+        with pytest.raises(KeyboardInterrupt):
+            future.result(timeout=60)
+    with pytest.raises(KeyboardInterrupt, match="the sweep ends"):
+        processes.run(Trial({}, {}, "c"))
+    assert not (tmp_path / "trials/c.log").read_text()
+
+
+def test_a_trial_that_is_done_when_the_sweep_ends_has_finished(tmp_path, monkeypatch):
+    script = f"""read message; echo started; read more
+echo '{{"status": "finished"}}' > {tmp_path}/trials/a.outcome"""
+    processes = make_processes(tmp_path, monkeypatch, script)
+    (future,) = run_all(processes, ["a"])
+    log = tmp_path / "trials/a.log"
+    wait_for(lambda: log.exists() and log.read_text())
+    processes.close()
+    assert future.result(timeout=60) == {"status": "finished"}
+
+
+@pytest.mark.parametrize(
+    ("at_once", "said", "threads"), [(1, None, "-"), (2, None, "3"), (9, None, "1"), (2, "5", "5")]
+)
+def test_trials_side_by_side_share_the_cores(tmp_path, monkeypatch, at_once, said, threads):
+    monkeypatch.setattr(process, "_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    script = "echo ${OMP_NUM_THREADS:--}; exit 3"
+    make_processes(tmp_path, monkeypatch, script, at_once).run(Trial({}, {}, "a"))
+    assert (tmp_path / "trials/a.log").read_text() == f"{threads}\n"
+
+
+def test_trials_that_start_at_once_have_versions_of_their_own(tmp_path, monkeypatch):
+    def create(*args, **kwargs):
+        return SimpleNamespace(session_id=generate_timestamp())
+
+    monkeypatch.setattr(trial.KedroSession, "create", create)
+    message = {
+        **dict.fromkeys(("project_path", "env", "conf_source", "runtime_params")),
+        "starting": str(tmp_path / "starting"),
+    }
+    with ThreadPoolExecutor(4) as pool:
+        sessions = list(pool.map(trial.create_session, [message] * 40))
+    assert len({session.session_id for session in sessions}) == 40
 
 
 def test_memory_that_does_not_suffice_is_recognised():

@@ -1,32 +1,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from fake_trials import FAILURE, finish, parse, plan, run
+from pydantic import ValidationError
 
-from sce_pipeline.parameters import Sweep
-from sce_pipeline.sweeps.run import run_trials
 from sce_pipeline.sweeps.search import build_search, expand
-from sce_pipeline.sweeps.trials import SCORE, Records, Trial, digest_of
+from sce_pipeline.sweeps.trials import SCORE, Records
 from sce_pipeline.sweeps.values import lay_over
-
-
-def parse(**sweep):
-    return TypeAdapter(Sweep).validate_python(sweep)
-
-
-def plan(values):
-    if any(value == "bad" for value in values.values()):
-        raise ValueError("that is bad")
-    return Trial(dict(values), dict(values), digest_of(values))
-
-
-def finish(score=0.5):
-    return {"status": "finished", SCORE: score, "metrics": {}}
-
-
-FAILURE = {"status": "failed", "error": "it broke", "out_of_memory": False, "metrics": {}}
 
 
 def test_a_grid_is_every_combination_and_grids_follow_one_another():
@@ -84,7 +67,7 @@ def test_a_sweep_that_makes_no_sense_is_refused(sweep):
 def test_all_bad_combinations_are_listed_at_once(tmp_path):
     sweep = parse(search="grid", grid={"a": [1, "bad"], "b": ["bad", 2]})
     with pytest.raises(ValueError, match="3 of 4 combinations") as caught:
-        build_search(sweep, plan, Records(tmp_path))
+        build_search(sweep, plan, Records(tmp_path), 1)
     text = str(caught.value)
     assert all(f"{values}: that is bad" in text for values in ("a=1,b=bad", "a=bad,b=2"))
 
@@ -97,8 +80,7 @@ def test_the_same_trial_of_two_grids_runs_once(tmp_path):
         ran.append(trial.values["a"])
         return finish()
 
-    records = Records(tmp_path)
-    done = run_trials(build_search(sweep, plan, records), records, execute, False)
+    done = run(sweep, Records(tmp_path), execute)
     assert ran == [1, 2, 3] == [record["values"]["a"] for record in done]
 
 
@@ -114,8 +96,7 @@ def test_what_finished_is_never_run_again_and_what_failed_if_asked(tmp_path, cap
 
     def sweep_once(retry_failed):
         ran_before = len(ran)
-        search = build_search(sweep, plan, records)
-        done = run_trials(search, records, execute, retry_failed)
+        done = run(sweep, records, execute, retry_failed)
         return ran[ran_before:], [record["status"] for record in done]
 
     assert sweep_once(False) == ([1, 2, 3], ["finished", "failed", "finished"])
@@ -171,7 +152,7 @@ def test_optuna_goes_on_where_it_was_cut_off(tmp_path):
         return FAILURE if len(ran) == 4 else finish(1 - abs(trial.values["x"] - 0.3))
 
     def sweep_once(retry_failed=False):
-        return run_trials(build_search(sweep, plan, records), records, execute, retry_failed)
+        return run(sweep, records, execute, retry_failed)
 
     with pytest.raises(Killed):
         sweep_once()
@@ -189,15 +170,61 @@ def test_optuna_goes_on_where_it_was_cut_off(tmp_path):
     assert len(ran) == 13
 
 
+def test_optuna_is_asked_for_two_at_once_and_goes_on_with_both(tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna", reason="Optuna is an optional extra")
+    sampler, liars = optuna.samplers.TPESampler, []
+
+    def make_sampler(**options):
+        if options:  # a study makes one of its own before it is given ours
+            liars.append(options["constant_liar"])
+        return sampler(**options)
+
+    monkeypatch.setattr(optuna.samplers, "TPESampler", make_sampler)
+    distributions = {"x": {"low": -1.0, "high": 1.0, "log": False}}
+    sweep = parse(search="optuna", n_trials=9, seed=3, distributions=distributions)
+    records = Records(tmp_path)
+    both = threading.Barrier(2)
+    started = []
+
+    def measure(trial):
+        started.append(trial.values["x"])
+        return finish(1 - abs(trial.values["x"] - 0.3))
+
+    def measure_in_pairs(trial):
+        outcome = measure(trial)
+        both.wait(60)  # which fails if they run one by one
+        if len(list(tmp_path.glob("*.json"))) == 4:
+            raise Killed
+        return outcome
+
+    with pytest.raises(Killed):
+        run(sweep, records, measure_in_pairs, at_once=2)
+    cut_off = [x for x in started if records.find(plan({"x": x})) is None]
+    assert len(started) == 6
+    assert len(cut_off) == 2
+    started.clear()
+    done = run(sweep, records, measure, at_once=2)
+    assert set(started[:2]) == set(cut_off)
+    assert len(started) == 5
+    assert len({record["digest"] for record in done}) == len(done) == 9
+    assert liars == [True, True]
+
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db")
+    states = optuna.trial.TrialState
+    known = {old.params["x"]: old.value for old in study.get_trials(states=(states.COMPLETE,))}
+    assert known == {record["values"]["x"]: record[SCORE] for record in done}
+    assert not study.get_trials(states=(states.RUNNING, states.WAITING))
+
+
 def test_optuna_is_asked_for_by_name_where_it_is_absent(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     sweep = parse(search="optuna", n_trials=1, seed=1, distributions={"a": [1, 2]})
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sce-pipeline\[optuna\]'"):
-        build_search(sweep, plan, Records(tmp_path))
+        build_search(sweep, plan, Records(tmp_path), 1)
 
 
 def test_optuna_refuses_bad_ends_and_choices_beforehand(tmp_path):
     distributions = {"a": [1, "bad"], "b": {"low": 1, "high": 2, "log": False}}
     sweep = parse(search="optuna", n_trials=1, seed=1, distributions=distributions)
     with pytest.raises(ValueError, match=r"1 of 3 combinations.*\n.*that is bad"):
-        build_search(sweep, plan, Records(tmp_path))
+        build_search(sweep, plan, Records(tmp_path), 1)

@@ -106,6 +106,20 @@ class RunParameters(Parameters):
         return profiling
 
     @model_validator(mode="after")
+    def _check_trials_at_once(self) -> RunParameters:
+        at_once = self.sweep_options.trials_at_once
+        if self.sweep is None or at_once == 1:
+            return self
+        if "data_processing" in self.sweeps[self.sweep].pipelines:
+            raise ValueError(
+                f"sweep_options.trials_at_once is {at_once}, but the trials of the sweep "
+                f"{self.sweep} run data_processing, which would write the same files at the same "
+                "time: set it to 1, or leave data_processing out of the sweep's pipelines and run "
+                "it beforehand"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_selection(self) -> RunParameters:
         for name, selected, in_force in (
             ("model", self.model, self.training.model.name),

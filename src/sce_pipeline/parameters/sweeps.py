@@ -73,6 +73,10 @@ Sweep = Annotated[GridSweep | RandomSweep | OptunaSweep, Field(discriminator="se
 
 
 class SweepOptions(Parameters):
-    """How a sweep goes on: with ``retry_failed`` what failed is tried again."""
+    """How a sweep goes on: with ``retry_failed`` what failed is tried again.
+
+    ``trials_at_once`` trials run side by side on this machine.
+    """
 
     retry_failed: bool
+    trials_at_once: PositiveInt

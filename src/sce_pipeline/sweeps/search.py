@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
@@ -21,20 +22,37 @@ Plan = Callable[[Mapping[str, Any]], Trial]
 """Makes a trial of values by dotted names; a ValueError says what is wrong with them."""
 
 
+class Proposal(NamedTuple):
+    """A trial, and what is to hear of its record.
+
+    Several proposals may be open at once, and be told in any order, in the thread that asked for
+    them.
+    """
+
+    trial: Trial
+    tell: Callable[[Mapping[str, Any]], None]
+
+
 class Search(Protocol):
     """Something that proposes trials and hears what became of them."""
 
     n_trials: int
 
-    def propose(self) -> Iterator[Trial]:
-        """Yield trials, those of an earlier call of the sweep among them."""
+    def propose(self) -> Iterator[Proposal]:
+        """Yield trials, those of an earlier call of the sweep among them.
 
-    def tell(self, trial: Trial, record: Mapping[str, Any]) -> None:
-        """Take note of the record of the trial that was proposed last."""
+        Each is made when it is asked for, so by what has been told until then.
+        """
 
 
-def build_search(sweep: Sweep, plan: Plan, records: Records) -> Search:
+def build_search(sweep: Sweep, plan: Plan, records: Records, at_once: int) -> Search:
     """Return the search of a sweep, once all its trials are known to be good.
+
+    Args:
+        sweep: What to try.
+        plan: Makes trials.
+        records: Those of earlier calls.
+        at_once: How many trials may be open at once.
 
     Raises:
         ValueError: Some combinations are bad; the message lists them all.
@@ -42,7 +60,7 @@ def build_search(sweep: Sweep, plan: Plan, records: Records) -> Search:
     """
     if isinstance(sweep, OptunaSweep):
         _plan_all(corners(sweep), plan)
-        return OptunaSearch(sweep, plan, records)
+        return OptunaSearch(sweep, plan, records, at_once)
     return FixedSearch(_plan_all(expand(sweep), plan))
 
 
@@ -82,12 +100,10 @@ class FixedSearch:
         self.trials = trials
         self.n_trials = len(trials)
 
-    def propose(self) -> Iterator[Trial]:
-        """Yield every trial."""
-        yield from self.trials
-
-    def tell(self, trial: Trial, record: Mapping[str, Any]) -> None:
-        """Nothing follows from a record here."""
+    def propose(self) -> Iterator[Proposal]:
+        """Yield every trial; nothing follows from a record."""
+        for trial in self.trials:
+            yield Proposal(trial, lambda record: None)
 
 
 class OptunaSearch:
@@ -97,9 +113,10 @@ class OptunaSearch:
         sweep: The distributions, the number of trials and the sampler's seed.
         plan: Makes trials.
         records: Those of earlier calls, by which the study goes on; the study lies beside them.
+        at_once: How many trials may be open at once.
     """
 
-    def __init__(self, sweep: OptunaSweep, plan: Plan, records: Records) -> None:
+    def __init__(self, sweep: OptunaSweep, plan: Plan, records: Records, at_once: int) -> None:
         try:
             import optuna  # noqa: PLC0415
         except ModuleNotFoundError as error:
@@ -127,42 +144,44 @@ class OptunaSearch:
         )
         # A sampler starts afresh in every call, and with one seed would propose the same again.
         seed = (sweep.seed + len(self._study.trials)) % 2**32
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed)
-        self._open: Any = None
-        self._params: dict[str, Any] = {}  # of ended trials, as the study has them
+        # Where several are open, what is near to one of them is taken for bad until it is known.
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=at_once > 1)
 
-    def propose(self) -> Iterator[Trial]:
+    def propose(self) -> Iterator[Proposal]:
         """Yield trials that have ended, then what was cut off, then new ones."""
         ended = self._ended()
-        yield from islice(ended.values(), self.n_trials)
+        for trial, params in islice(ended.values(), self.n_trials):
+            yield Proposal(trial, partial(self._tell_of_old, trial, params))
         for _ in range(self.n_trials - len(ended)):
-            self._open = self._study.ask(self._distributions)
+            asked = self._study.ask(self._distributions)
             try:
-                trial = self._trial(self._open.params)
+                trial = self._trial(asked.params)
             except ValueError as error:
-                logger.warning("passed over %s: %s", self._open.params, error)
-                self._study.tell(self._open, state=self._optuna.trial.TrialState.FAIL)
+                logger.warning("passed over %s: %s", asked.params, error)
+                self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
                 continue
-            yield trial
+            yield Proposal(trial, partial(self._tell_of_new, asked))
 
-    def tell(self, trial: Trial, record: Mapping[str, Any]) -> None:
-        """Tell the study of a new trial, or of an old one that failed then and has finished now."""
-        opened, self._open = self._open, None
-        score = record[SCORE] if record["status"] == FINISHED else None
-        states = self._optuna.trial.TrialState
-        if opened is not None:
-            self._study.tell(opened, score, state=states.FAIL if score is None else None)
-        elif score is not None and not self._knows(trial):
+    def _tell_of_new(self, asked: Any, record: Mapping[str, Any]) -> None:
+        """Tell the study of a trial that it was asked for."""
+        score = _score(record)
+        failed = self._optuna.trial.TrialState.FAIL
+        self._study.tell(asked, score, state=failed if score is None else None)
+
+    def _tell_of_old(
+        self, trial: Trial, params: Mapping[str, Any], record: Mapping[str, Any]
+    ) -> None:
+        """Tell the study of a trial of an earlier call, should it not know how that finished."""
+        score = _score(record)
+        if score is not None and not self._knows(trial):
             self._study.add_trial(
                 self._optuna.trial.create_trial(
-                    params=self._params[trial.digest],
-                    distributions=self._distributions,
-                    value=score,
+                    params=dict(params), distributions=self._distributions, value=score
                 )
             )
 
-    def _ended(self) -> dict[str, Trial]:
-        """Return the trials that have records, and queue those that were cut off."""
+    def _ended(self) -> dict[str, tuple[Trial, Mapping[str, Any]]]:
+        """Return trials that have records, as the study has them too; queue what was cut off."""
         states = self._optuna.trial.TrialState
         ended = {}
         for old in self._study.get_trials():
@@ -173,8 +192,7 @@ class OptunaSearch:
             except ValueError:
                 continue  # it was passed over
             if self._records.find(trial) is not None:
-                ended[trial.digest] = trial
-                self._params[trial.digest] = old.params
+                ended[trial.digest] = trial, old.params
             elif old.state is states.RUNNING:
                 self._study.enqueue_trial(old.params)
             if old.state is states.RUNNING:
@@ -192,6 +210,11 @@ class OptunaSearch:
                 for name, value in params.items()
             }
         )
+
+
+def _score(record: Mapping[str, Any]) -> float | None:
+    """Return what a trial is judged by, None if it failed."""
+    return record[SCORE] if record["status"] == FINISHED else None
 
 
 def _distribution(distributions: Any, values: Interval | list[Any]) -> Any:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from sce_pipeline.parameters import Sweep, SweepOptions
 from sce_pipeline.pipelines.sweep.planning import Planner
-from sce_pipeline.pipelines.sweep.process import run_in_process
+from sce_pipeline.pipelines.sweep.process import TrialProcesses
 from sce_pipeline.provenance import read_stamp
 from sce_pipeline.sweeps.rules import DataSizes, measure_sizes
 from sce_pipeline.sweeps.run import run_trials
@@ -54,18 +54,17 @@ def run_sweep(
 
     Raises:
         ValueError: A combination is bad.
+        KeyboardInterrupt: The sweep or one of its trials was asked to end, and all have ended.
         RuntimeError: The same sweep runs already.
     """
     try:
         with FileLock(sweep_folder / "lock", timeout=0):
             records = Records(sweep_folder / "trials")
             planner = Planner(run_request, data_sizes, sweep.pipelines)
-            search = build_search(sweep, planner.plan, records)
-
-            def execute(trial: Any) -> dict[str, Any]:
-                return run_in_process(run_request, trial, sweep.pipelines, records.folder)
-
-            done = run_trials(search, records, execute, sweep_options.retry_failed)
+            at_once = sweep_options.trials_at_once
+            search = build_search(sweep, planner.plan, records, at_once)
+            processes = TrialProcesses(run_request, sweep.pipelines, records.folder, at_once)
+            done = run_trials(search, records, processes, sweep_options)
     except Timeout as error:
         raise RuntimeError(f"the same sweep runs already, in {sweep_folder}") from error
     n_failed = sum(record["status"] == FAILED for record in done)

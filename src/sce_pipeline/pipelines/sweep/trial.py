@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from filelock import FileLock
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
 from kedro.io import AbstractDataset
+from kedro.io.core import generate_timestamp
 
 from sce_pipeline.sweeps.trials import FAILED, FINISHED, SCORE
 
@@ -30,8 +32,8 @@ def main() -> None:
     configure_project("sce_pipeline")
     answer = Path(message["answer"])
     try:
-        # The last trial of a sweep that was killed may still be saving its state.
-        with FileLock(answer.with_name("running")):
+        # The same trial of a sweep that was killed may still be saving its state.
+        with FileLock(answer.with_suffix(".running")):
             outcome = run(message)
     except Exception as error:
         outcome = describe_failure(error)
@@ -43,12 +45,7 @@ def main() -> None:
 
 def run(message: Mapping[str, Any]) -> dict[str, Any]:
     """Run the pipelines and collect what the run saved."""
-    session = KedroSession.create(
-        message["project_path"],
-        env=message["env"],
-        conf_source=message["conf_source"],
-        runtime_params=message["runtime_params"],
-    )
+    session = create_session(message)
     with session:
         session.run(pipeline_names=message["pipelines"])
         catalog = session.load_context().config_loader["catalog"]
@@ -69,6 +66,23 @@ def run(message: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, dict)
         },
     }
+
+
+def create_session(message: Mapping[str, Any]) -> KedroSession:
+    """Return a session that has a version of its own among the trials on a data set.
+
+    Versions count milliseconds, in which others may start too: one after the other they differ.
+    """
+    with FileLock(message["starting"]):
+        session = KedroSession.create(
+            message["project_path"],
+            env=message["env"],
+            conf_source=message["conf_source"],
+            runtime_params=message["runtime_params"],
+        )
+        while generate_timestamp() == session.session_id:
+            time.sleep(0.001)
+    return session
 
 
 def describe_failure(error: BaseException) -> dict[str, Any]:
