@@ -130,26 +130,46 @@ def _temporal_all(
         is_test=nw.col("timestamp") >= at(test_cut),
     )
     log = _mark(log, "item", is_train, "is_known")
-    log = _number(log, "user", "is_known")
-    log = log.with_columns(is_first=nw.col("n_later") == nw.col("n_rows") - 1)
-    log = _number(log, "user", "is_known", "is_train", "is_test")
-    log = log.with_columns(is_last=is_known & ~is_train & (nw.col("n_later") == 0))
-    log = log.with_columns(is_target=nw.col("is_last") & ~nw.col("is_first"))
-    log = _mark(log, "user", nw.col("is_target"), "has_target")
+    ends = _find_ends(log)
+    is_target = nw.col("has_history") == 1
+    has_target = ends.filter(is_target).select("user", has_target=nw.lit(True)).unique()
+    log = log.join(ends.select("row", "has_history"), on="row", how="left")
+    log = log.join(has_target, on="user", how="left")
     return log.with_columns(
-        without_history=nw.col("is_last") & nw.col("is_first"),
+        without_history=(nw.col("has_history") == 0).fill_null(False),
         part=nw.when(is_train)
         .then(nw.lit(TRAIN))
         .when(~is_known)
         .then(nw.lit(_UNSEEN_ITEM))
-        .when(nw.col("is_target") & is_test)
+        .when(is_target & is_test)
         .then(nw.lit(TEST))
-        .when(nw.col("is_target"))
+        .when(is_target)
         .then(nw.lit(VALIDATION))
-        .when(nw.col("has_target"))
+        .when(~nw.col("has_target").is_null())
         .then(nw.lit(CONTEXT))
         .otherwise(nw.lit(_NO_TARGET)),
     )
+
+
+def _find_ends(log: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
+    """Find the last row of each user before and after the test cut.
+
+    Few rows come after the first cut, so only they are numbered.
+
+    Args:
+        log: Columns user, timestamp, row, is_train, is_test and is_known.
+
+    Returns:
+        Their row and user, and ``has_history``, 1 if something of the user comes before, else 0.
+    """
+    later = log.filter(~nw.col("is_train") & nw.col("is_known"))
+    later = _number(later.select("user", "timestamp", "row", "is_test"), "user")
+    later = later.with_columns(is_first=nw.col("n_later") == nw.col("n_rows") - 1)
+    ends = hold(_number(later, "user", "is_test").filter(nw.col("n_later") == 0))
+    trained = log.filter("is_train").select("user", is_trained=nw.lit(True)).unique()
+    ends = ends.join(hold(trained), on="user", how="left")
+    has_history = ~nw.col("is_first") | ~nw.col("is_trained").is_null()
+    return hold(ends.select("row", "user", has_history=has_history.cast(nw.Int64)))
 
 
 def _mark(log: nw.LazyFrame[Any], column: str, is_so: nw.Expr, name: str) -> nw.LazyFrame[Any]:
