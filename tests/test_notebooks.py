@@ -111,6 +111,7 @@ def test_the_log_is_explored_in_a_project_where_nothing_has_run(with_sample):
 def test_losses_are_compared_from_saved_runs(runs):
     notebook = execute(COMPARISON, runs)
     assert "2 complete runs; incomplete: none" in texts(notebook)
+    assert texts(notebook).count("<td>&quot;sasrec&quot;</td>") == 4  # of results and of costs
     for loss in ("sce", "cce"):
         (metrics,) = runs.versions("08_reporting", "movielens_small", loss, "metrics.json")
         assert metrics.parent.name in texts(notebook)

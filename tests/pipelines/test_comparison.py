@@ -381,6 +381,30 @@ def test_the_figures_show_all_runs_with_one_colour_for_each_loss():
     assert colours[0] == colours[1] == cost.data[0].marker.color != colours[2]
 
 
+def test_the_figures_tell_several_models_apart(test_sequences):
+    gru4rec = make_training().model_dump(mode="json")["model"] | {"name": "gru4rec"}
+    runs = Folders().add("1").add("2", model=gru4rec).join()
+    cost = plot_quality_against_cost(tabulate(runs))
+    names = ["gru4rec + ce", "sasrec + ce"]
+    assert [trace.name for trace in cost.data if trace.showlegend] == names
+    assert [len(trace.x) for trace in cost.data] == [1] * 4
+    assert cost.data[0].marker.symbol != cost.data[2].marker.symbol
+    curves = plot_validation_curves(runs.models)
+    assert [trace.name for trace in curves.data if trace.showlegend] == names
+    assert curves.data[0].line.dash != curves.data[1].line.dash
+    assert curves.data[0].line.color == curves.data[1].line.color
+
+    best = Folders().add("1", "ce").add("2", "sce", model=gru4rec).join().best_per_loss()
+    by_popularity = plot_by_popularity(best, {"users": np.arange(N_ITEMS)})
+    by_length = plot_by_history_length(best, test_sequences)
+    for figure in (by_popularity, by_length):
+        assert [trace.name for trace in figure.data] == [
+            "sasrec + ce",
+            "gru4rec + sce",
+            "popularity",
+        ]
+
+
 class Page(HTMLParser):
     """Counts tags and notes what would be fetched."""
 

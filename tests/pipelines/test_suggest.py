@@ -122,6 +122,9 @@ def test_where_nothing_fits_the_settings_are_those_that_the_need_leads_to():
     found = make_suggestion({"cce": None}, hopeless)["recommendation"]
     assert (found["loss"], found["settings"], found["command"]) == (None, {}, None)
     assert "lower training.model.hidden_size" in found["reason"]
+    found = make_suggestion({"cce": None}, need=None)["recommendation"]
+    assert (found["loss"], found["settings"], found["command"]) == (None, {}, None)
+    assert "lower training.model.hidden_size or data_processing.max_length" in found["reason"]
 
 
 def test_the_report_has_every_loss_with_its_parts_and_the_reason(caplog):

@@ -1,8 +1,11 @@
-"""Figures over all runs, as interactive Plotly charts: one colour for each loss."""
+"""Figures over all runs, as interactive Plotly charts: one colour for each loss.
+
+Where runs are of several models, each has a symbol and a dash of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
@@ -14,6 +17,7 @@ from plotly.subplots import make_subplots
 
 from sce_pipeline.evaluation.metrics import ndcg
 from sce_pipeline.losses import LOSSES
+from sce_pipeline.models import MODELS
 from sce_pipeline.pipelines.comparison.runs import CUTOFF, MONITOR, Run
 from sce_pipeline.pipelines.reporting.figures import finish
 
@@ -28,6 +32,9 @@ COSTS = {"memory_mb": "Peak memory, MB", "training_seconds": "Training time, sec
 
 BASELINE_DASHES = {"popularity": "dot", "item_knn": "dash", "pure_svd": "dashdot"}
 BASELINE_COLOUR = "#8c8c8c"
+
+MODEL_SYMBOLS = dict(zip(MODELS, cycle(("circle", "diamond", "square")), strict=False))
+MODEL_DASHES = dict(zip(MODELS, cycle(("solid", "dash", "dot")), strict=False))
 
 _LOSS_COLOURS = dict(zip(LOSSES, cycle(qualitative.Dark24), strict=False))
 
@@ -44,11 +51,12 @@ def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
     """
     models = leaderboard.filter(pl.col("loss").is_not_null())
     figure = make_subplots(cols=len(COSTS), shared_yaxes=True, horizontal_spacing=0.04)
-    for loss in sorted(models["loss"].unique()):
-        rows = models.filter(pl.col("loss") == loss)
-        values = rows[MONITOR].to_numpy()
+    several = models["model"].n_unique() > 1
+    for loss, model in sorted(set(models.select("loss", "model").iter_rows())):
+        rows = models.filter(pl.col("loss") == loss, pl.col("model") == model)
+        name, values = _name(loss, model, several), rows[MONITOR].to_numpy()
         texts = [
-            f"{row['model']} + {loss}, {row['version']}<br>seed {row['seed']}, {row['device']}"
+            f"{model} + {loss}, {row['version']}<br>seed {row['seed']}, {row['device']}"
             f"<br>{row['changes'] or 'presets'}"
             for row in rows.iter_rows(named=True)
         ]
@@ -65,9 +73,9 @@ def plot_quality_against_cost(leaderboard: pl.DataFrame) -> go.Figure:
                 text=texts,
                 hovertemplate="%{text}<br>NDCG@10 %{y:.4f} at %{x:,.4g}<extra></extra>",
                 mode="markers",
-                marker={"color": colour_of(loss), "size": 9},
-                name=loss,
-                legendgroup=loss,
+                marker={"color": colour_of(loss), "size": 9, "symbol": MODEL_SYMBOLS.get(model)},
+                name=name,
+                legendgroup=name,
                 showlegend=column == 1,
             )
             figure.add_trace(points, row=1, col=column)
@@ -92,22 +100,28 @@ def plot_validation_curves(runs: Sequence[Run]) -> go.Figure:
     """Draw the validation NDCG@10 of every epoch of every run of a model, the best one marked."""
     models = [run for run in runs if run.loss is not None]
     figure = go.Figure()
+    several = _are_several(models)
     shown: set[str] = set()
-    for run in sorted(models, key=lambda run: (run.loss or "", run.version)):
+    for run in sorted(models, key=lambda run: (run.loss or "", run.model, run.version)):
+        name = _name(run.loss, run.model, several)
         epochs = run.history["epochs"]
         best = run.history["best_epoch"]
         line = go.Scatter(
             x=[epoch["epoch"] for epoch in epochs],
             y=[epoch[MONITOR] for epoch in epochs],
             mode="lines+markers",
-            line={"color": colour_of(run.loss), "width": 1.5},
+            line={
+                "color": colour_of(run.loss),
+                "width": 1.5,
+                "dash": MODEL_DASHES.get(run.model),
+            },
             marker={"size": [9 if epoch["epoch"] == best else 3 for epoch in epochs], "opacity": 1},
-            name=run.loss,
-            legendgroup=run.loss,
-            showlegend=run.loss not in shown,
+            name=name,
+            legendgroup=name,
+            showlegend=name not in shown,
             hovertemplate=f"{run.name}<br>epoch %{{x}}: %{{y:.4f}}<extra></extra>",
         )
-        shown.add(run.loss or "")
+        shown.add(name)
         figure.add_trace(line)
     figure.update_xaxes(title_text="Epoch")
     figure.update_yaxes(title_text="Validation NDCG@10")
@@ -128,6 +142,7 @@ def plot_by_popularity(
     """
     decile = popularity_deciles(item_popularity["users"])
     figure = go.Figure()
+    several = _are_several(best_runs)
     for run in best_runs:
         rankings = run.load_rankings()
         if (n_items := int(rankings["n_items"][0])) != len(decile):
@@ -136,7 +151,8 @@ def plot_by_popularity(
                 "run it again on the data of now, or move its folders away"
             )
         groups = decile[rankings["targets"]]
-        _add_means(figure, run, rankings, groups, [str(1 + n) for n in range(N_DECILES)])
+        name = _name(run.loss, run.model, several)
+        _add_means(figure, run, name, rankings, groups, [str(1 + n) for n in range(N_DECILES)])
     title = "Popularity of the target: tenths of the interactions, those of the rarest items first"
     figure.update_xaxes(title_text=title, type="category")
     return _finish_means(figure, "Quality by popularity of the target, best run of each loss")
@@ -160,6 +176,7 @@ def plot_by_history_length(
         for first, last in zip(firsts, lasts, strict=True)
     ]
     figure = go.Figure()
+    several = _are_several(best_runs)
     for run in best_runs:
         rankings = run.load_rankings()
         if not np.array_equal(np.sort(rankings["users"]), users):
@@ -169,7 +186,8 @@ def plot_by_history_length(
             )
         of_users = lengths[np.searchsorted(users, rankings["users"])]
         groups = np.searchsorted(firsts, of_users, "right") - 1
-        _add_means(figure, run, rankings, groups, labels)
+        name = _name(run.loss, run.model, several)
+        _add_means(figure, run, name, rankings, groups, labels)
     figure.update_xaxes(title_text="Items in the history", type="category")
     return _finish_means(figure, "Quality by length of the history, best run of each loss")
 
@@ -187,9 +205,21 @@ def popularity_deciles(users_of_items: np.ndarray) -> np.ndarray:
     return deciles
 
 
+def _are_several(runs: Iterable[Run]) -> bool:
+    return len({run.model for run in runs if run.loss is not None}) > 1
+
+
+def _name(loss: str | None, model: str, several: bool) -> str:
+    """Call a run by its loss, where there are several models by both; a baseline by its name."""
+    if loss is None:
+        return model
+    return f"{model} + {loss}" if several else loss
+
+
 def _add_means(
     figure: go.Figure,
     run: Run,
+    name: str,
     rankings: Mapping[str, np.ndarray],
     groups: np.ndarray,
     labels: Sequence[str],
@@ -210,7 +240,7 @@ def _add_means(
             customdata=n_users,
             mode="lines+markers",
             line=line,
-            name=run.loss or run.model,
+            name=name,
             hovertemplate=f"{run.name}<br>%{{y:.4f}} over %{{customdata:,}} users<extra></extra>",
         )
     )

@@ -11,11 +11,11 @@ from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1600px; padding: 0 1rem }
 h1, h2 { font-weight: 600 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { border-bottom: 1px solid #ddd; padding: 4px 10px; text-align: left; white-space: nowrap }
+th, td { border-bottom: 1px solid #ddd; padding: 4px 6px; text-align: left; white-space: nowrap }
 td.number, th.number { text-align: right }
 """
 

@@ -84,7 +84,11 @@ def _choose(
         changes = {} if own else suggestion.changes_of(choice.loss)
         return choice.loss, _prefix("training.loss", changes), choice.reason
     if found.need is None:
-        return None, {}, "not even one sequence at a time fits; lower data_processing.max_length"
+        reason = (
+            "not even one sequence at a time fits, with few items; lower "
+            "training.model.hidden_size or data_processing.max_length"
+        )
+        return None, {}, reason
     sizes = settle_sizes(found.need)
     reason = explain_sizes(found.need, sizes)
     return (None, {}, reason) if sizes is None else ("cce", _prefix("training", sizes), reason)
