@@ -360,6 +360,8 @@ def test_memory_that_does_not_suffice_is_recognised():
 
     assert fail(torch.OutOfMemoryError("CUDA out of memory"))["out_of_memory"]
     assert fail(MemoryError())["out_of_memory"]
+    assert fail(RuntimeError("DefaultCPUAllocator: can't allocate memory"))["out_of_memory"]
+    assert fail(ValueError("rank 1 of 2 failed: OutOfMemoryError: CUDA"))["out_of_memory"]
     other = fail(KeyError("n_items"))
     assert not other["out_of_memory"]
     assert other["error"] == "RuntimeError: the GPU's memory does not suffice\nKeyError: 'n_items'"
