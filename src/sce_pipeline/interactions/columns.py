@@ -95,7 +95,7 @@ def as_found(frame: nw.LazyFrame[Any], name: str) -> nw.Expr:
 def spell_float(number: nw.Expr) -> nw.Expr:
     """Write floats as text: whole and infinite ones alike on every engine, others as it does."""
     is_short = number.abs() < _SPELT_OUT
-    whole = nw.when(is_short).then(number).otherwise(nw.lit(0.0)).cast(nw.Int64)
+    whole = nw.when(is_short).then(number.floor()).otherwise(nw.lit(0.0)).cast(nw.Int64)
     infinite = nw.when(number > 0).then(nw.lit("inf")).otherwise(nw.lit("-inf"))
     return (
         nw.when(is_short & (number == whole))
