@@ -257,6 +257,19 @@ def test_a_log_with_titles_brings_both_tables(project, site, monkeypatch):
     assert project.path("01_raw", "mine", "interactions.parquet").exists()
 
 
+def test_a_log_that_came_cut_off_is_told_and_can_be_fetched_anew(project, site, monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", publish(site, "gowalla"))
+    site.plan = ["short"]
+    for _ in range(2):  # it is not fetched again behind anybody's back
+        with pytest.raises(DatasetError, match=r"no whole gzip file.* To fetch it anew remove"):
+            project.run(pipelines=["download"], dataset="mine")
+    assert len(site.asked) == 1
+    for file in project.path("01_raw", "mine", "download").glob("loc-gowalla*"):
+        file.unlink()
+    project.run(pipelines=["download"], dataset="mine")
+    assert project.path("01_raw", "mine", "interactions.parquet").exists()
+
+
 def test_a_run_for_a_log_behind_a_form_is_refused(project):
     with pytest.raises(DatasetError, match=r"https://www\.yelp\.com/dataset"):
         project.run(pipelines=["download"], dataset="yelp")

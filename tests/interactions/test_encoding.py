@@ -85,3 +85,18 @@ def test_a_table_of_items_without_the_columns_is_refused():
     )
     with pytest.raises(InteractionsError, match=message):
         encode([("a", "x")], {"id": ["x"], "t": ["X"]})
+
+
+@pytest.mark.parametrize("title", [["a"], b"a", {"a": "b"}, True, datetime(2014, 7, 18)])
+def test_titles_are_text_or_numbers(title):
+    message = r"The table of items: column 'name' has the type .*; titles must be text or numbers"
+    with pytest.raises(InteractionsError, match=message):
+        encode([("a", "x")], {"id": ["x"], "name": [title]})
+
+
+@pytest.mark.parametrize(
+    ("title", "text"), [(1984, "1984"), (0.5, "0.5"), (float("nan"), None), (None, None)]
+)
+def test_titles_of_numbers_are_spelt_out(title, text):
+    _, items, _, _ = encode([("a", "x")], {"id": ["x"], "name": [title]})
+    assert items["title"].to_list() == [text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import narwhals.stable.v2 as nw
 import polars as pl
 import pytest
 from kedro.io import DatasetError
@@ -9,6 +10,8 @@ from prepared_data import LOGS, prepare_twice
 
 from sce_pipeline.datasets.duckdb_tables import DuckDBRawTableDataset, DuckDBTableDataset, connect
 from sce_pipeline.datasets.raw_table import RawTableDataset
+from sce_pipeline.interactions.cleaning import clean_interactions
+from sce_pipeline.parameters import Columns
 
 
 @pytest.fixture
@@ -39,6 +42,32 @@ def test_rows_of_parquet_are_numbered_as_they_lie(tmp_path, make_raw_table):
     pl.DataFrame({"value": range(300, 0, -1)}).write_parquet(file, row_group_size=7)
     found = make_raw_table().load().pl().sort("row")
     assert found.rows() == [(300 - row, row) for row in range(300)]
+
+
+@pytest.mark.parametrize("dtype", [pl.Float32, pl.Float64])
+def test_nan_is_missing_although_the_file_s_least_and_greatest_value_know_of_none(
+    tmp_path, make_raw_table, dtype
+):
+    nan, ids = float("nan"), [1.0, 2.0, 3.0, 4.0]
+    log = pl.DataFrame(
+        {"user": [nan, *ids[1:]], 'the "item"': [1.0, nan, 2.5, 2.0], "time": [7.0, 8.0, nan, 9.0]},
+        schema_overrides={"user": dtype, 'the "item"': dtype},
+    )
+    log.write_parquet(tmp_path / "interactions.parquet")
+    plain = RawTableDataset(filepath=str(tmp_path / "interactions"))
+    columns = Columns(user="user", item='the "item"', timestamp="time")
+
+    def clean(table):
+        kept, rejected, report = clean_interactions(nw.from_native(table).lazy(), columns)
+        return kept.collect("polars").rows(), rejected.collect("polars").rows(), report
+
+    kept, rejected, report = clean(make_raw_table().load())
+    assert (kept, sorted(rejected), report) == clean(plain.load())
+    assert [row[-1] for row in sorted(rejected)] == [
+        "missing user",
+        "missing item",
+        "missing timestamp",
+    ]
 
 
 def test_text_is_read_as_without_duckdb(tmp_path, make_raw_table):

@@ -171,6 +171,16 @@ def test_new_histories_are_served_without_training(project):
     assert by_log["user"].n_unique() == 31
 
 
+def test_rows_of_histories_that_cannot_be_used_are_told(project, caplog):
+    rows = "a,i5,1500000000\n,i1,1500000000\na,i7,soon\nb,i1,1500000000\nc,i2,later\n"
+    histories = project.path("01_raw", "walk", "histories.csv")
+    histories.write_text(f"userid,itemid,timestamp\n{rows}")
+    found, _ = recommend(project, histories="file", k=6)
+    check_lists(project, found, {"a": ["i5"], "b": ["i1"]}, k=6)
+    assert "Histories lack 1 rows with missing user, the first of them data row 2" in caplog.text
+    assert "Histories lack 2 rows with unparseable timestamp, the first of them" in caplog.text
+
+
 def test_other_parameters_data_and_weights_make_folders_of_their_own(project):
     names = [recommend(project, k=3)[1]["folder"]]
     assert recommend(project, k=3)[1]["folder"] == names[0]

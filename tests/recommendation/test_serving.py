@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import sce_pipeline
 from sce_pipeline.models import SASRec
@@ -113,8 +114,12 @@ def test_a_text_is_no_list_of_ids(served):
         served.recommend("12")
     with pytest.raises(TypeError, match="deny must be a list of ids"):
         served.recommend(["1"], deny="12")
+    with pytest.raises(TypeError, match="deny must be a list of ids, got 12"):
+        served.recommend(["1"], deny=12)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         served.recommend(["1"], k=0)
+    with pytest.raises(TypeError, match=r"k must be a whole number, got '5' of type str"):
+        served.recommend(["1"], k="5")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -140,10 +145,25 @@ def test_what_does_not_belong_together_is_refused(bundle, folder, tmp_path):
         ({"format": 2}, "has the format 2, but this version of sce_pipeline reads 1"),
         ({"model": {**MODEL, "hidden_size": 4}}, "the weights do not fit 30 items and the model"),
         ({"model": {**MODEL, "name": "other"}}, "the weights do not fit"),
+        ({"model": None}, "the weights do not fit 30 items and the model None"),
     ]:
         (folder / "recommender.json").write_text(json.dumps({**facts, **changes}))
         with pytest.raises(BundleError, match=message):
             sce_pipeline.load_recommender(folder)
+    (folder / "recommender.json").write_text("{}")
+    with pytest.raises(BundleError, match="has the format None"):
+        sce_pipeline.load_recommender(folder)
+    (folder / "recommender.json").write_text('["format"]')
+    with pytest.raises(BundleError, match=r"is damaged: expected a mapping, got \['format'\]"):
+        sce_pipeline.load_recommender(folder)
+    (folder / "recommender.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(BundleError, match="the weights do not fit 30 items and the model None"):
+        sce_pipeline.load_recommender(folder)
+    (folder / "recommender.json").write_text(json.dumps(facts))
+    items = load_file(folder / "items.safetensors")
+    save_file(items | {"titles_stops": items["titles_stops"][:-1]}, folder / "items.safetensors")
+    with pytest.raises(BundleError, match="is damaged: it has 30 ids, but 29 titles"):
+        sce_pipeline.load_recommender(folder)
     fewer = Bundle(bundle.weights, Catalogue(IDS[1:], TITLES[1:]), bundle.facts, "")
     with pytest.raises(BundleError, match="the weights do not fit 29 items"):
         write_bundle(tmp_path / "other", fewer)

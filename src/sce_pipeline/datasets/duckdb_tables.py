@@ -155,7 +155,9 @@ class DuckDBRawTableDataset(AbstractDataset[None, "DuckDBPyRelation | None"]):
         (file,) = self._table.find_files()
         if file.suffix == ".parquet":
             found = connect(**self._engine).read_parquet(str(file), file_row_number=True)
-            return found.project(f"* exclude (file_row_number), file_row_number as {ROW}")
+            return _without_nan(found).project(
+                f"* exclude (file_row_number), file_row_number as {ROW}"
+            )
         StreamedTableDataset(filepath=self._staging).save(table)
         return connect(**self._engine).read_parquet(self._staging)
 
@@ -172,3 +174,22 @@ class DuckDBRawTableDataset(AbstractDataset[None, "DuckDBPyRelation | None"]):
 
     def _describe(self) -> dict[str, Any]:
         return self._table._describe() | {"engine": self._engine}
+
+
+def _without_nan(table: DuckDBPyRelation) -> DuckDBPyRelation:
+    """Put null, which counts as missing likewise, in place of NaN in a table read from Parquet.
+
+    The least and greatest values that stand in the file leave NaN out, and DuckDB goes by these: it
+    takes ``isnan`` for false and comparisons for true without looking at the rows. At ``isfinite``
+    it does look.
+    """
+    names = [
+        f'"{name.replace(chr(34), 2 * chr(34))}"'
+        for name, dtype in zip(table.columns, table.types, strict=True)
+        if dtype.id in ("float", "double")
+    ]
+    if not names:
+        return table
+    numbers = (f"case when isfinite({name}) or isinf({name}) then {name} end" for name in names)
+    replaced = ", ".join(f"{number} as {name}" for number, name in zip(numbers, names, strict=True))
+    return table.project(f"* replace ({replaced})")

@@ -9,7 +9,7 @@ import polars as pl
 from kedro.io import AbstractDataset, DatasetError
 
 from sce_pipeline.downloads import DownloadError
-from sce_pipeline.downloads.logs import obtain
+from sce_pipeline.downloads.logs import obtain, record_of
 from sce_pipeline.downloads.sources import find_source
 from sce_pipeline.downloads.tables import read_tables
 
@@ -56,9 +56,15 @@ class PublicLogDataset(AbstractDataset[NoReturn, "dict[str, pl.LazyFrame]"]):
             )
         try:
             source = find_source(self._name)
-            return read_tables(source, obtain(source, self._folder))
+            file = obtain(source, self._folder)
         except DownloadError as error:
             raise DatasetError(str(error)) from error
+        try:
+            return read_tables(source, file)
+        except DownloadError as error:  # the file stays, as it may be right and read wrongly
+            raise DatasetError(
+                f"{error}. To fetch it anew remove {file} and {record_of(file)}"
+            ) from error
 
     def save(self, data: Any) -> NoReturn:
         """Refuse: others publish the log.

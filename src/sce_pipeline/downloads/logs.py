@@ -44,8 +44,13 @@ def obtain(source: Source, folder: Path) -> Path:
     return file
 
 
+def record_of(file: Path) -> Path:
+    """Return where the SHA-256 of a file is kept that was first seen."""
+    return file.with_name(file.name + ".sha256")
+
+
 def _check(source: Source, file: Path) -> None:
-    record = _record_of(file)
+    record = record_of(file)
     seen = digest(file, "sha256")
     if record.is_file():
         first = record.read_text().split(maxsplit=1)[:1]
@@ -83,7 +88,3 @@ def _write_terms(source: Source, file: Path) -> None:
         f"Terms: {source.terms}\n",
         encoding="utf-8",
     )
-
-
-def _record_of(file: Path) -> Path:
-    return file.with_name(file.name + ".sha256")

@@ -84,6 +84,23 @@ def identifiers(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
     )
 
 
+def titles(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
+    """Read a column of titles as text, null where there is nothing to be seen.
+
+    Raises:
+        InteractionsError: The column holds neither text nor numbers: what else there is every
+            engine spells in its own way, if at all.
+    """
+    dtype = frame.collect_schema()[name]
+    is_empty = dtype == nw.Unknown  # what a column without any value has
+    if not (dtype.is_numeric() or is_empty or dtype in (nw.String, nw.Categorical, nw.Enum)):
+        raise InteractionsError(
+            f"{table}: column {name!r} has the type {dtype}; titles must be text or numbers"
+        )
+    text = as_found(frame, name)
+    return nw.when(text.str.strip_chars(WHITE_SPACE) != "").then(text)
+
+
 def as_found(frame: nw.LazyFrame[Any], name: str) -> nw.Expr:
     """Show a column of ids as text, readable or not; null where a number is none."""
     column = nw.col(name)
@@ -95,7 +112,7 @@ def as_found(frame: nw.LazyFrame[Any], name: str) -> nw.Expr:
 def spell_float(number: nw.Expr) -> nw.Expr:
     """Write floats as text: whole and infinite ones alike on every engine, others as it does."""
     is_short = number.abs() < _SPELT_OUT
-    whole = nw.when(is_short).then(number).otherwise(nw.lit(0.0)).cast(nw.Int64)
+    whole = nw.when(is_short).then(number.floor()).otherwise(nw.lit(0.0)).cast(nw.Int64)
     infinite = nw.when(number > 0).then(nw.lit("inf")).otherwise(nw.lit("-inf"))
     return (
         nw.when(is_short & (number == whole))

@@ -6,7 +6,7 @@ from typing import Any
 
 import narwhals.stable.v2 as nw
 
-from sce_pipeline.interactions.columns import ROW, WHITE_SPACE, identifiers, require_columns
+from sce_pipeline.interactions.columns import ROW, identifiers, require_columns, titles
 from sce_pipeline.interactions.engines import hold
 from sce_pipeline.interactions.parts import IN_TIME
 from sce_pipeline.interactions.reports import Report, collect_rows
@@ -36,7 +36,7 @@ def encode_interactions(
         users: user (Int32) and userid (String); and the report.
 
     Raises:
-        InteractionsError: The table of items lacks a column or has ids without meaning.
+        InteractionsError: The table of items lacks a column or has ids or titles without meaning.
     """
     interactions = interactions.rename({"user": "userid", "item": "itemid"})
     users = number_ids(interactions, "userid", "user")
@@ -45,8 +45,8 @@ def encode_interactions(
     if item_titles is None:
         items = items.with_columns(title=nw.lit(None, nw.String))
     else:
-        titles, repeated = _read_titles(item_titles, item_columns)
-        items = items.join(titles, on="itemid", how="left")
+        known, repeated = _read_titles(item_titles, item_columns)
+        items = items.join(known, on="itemid", how="left")
     items = items.select("item", "itemid", "title").sort("item")
     encoded = (
         interactions.join(users, on="userid")
@@ -89,12 +89,11 @@ def _read_titles(table: nw.LazyFrame[Any], columns: ItemColumns) -> tuple[nw.Laz
         f"data_processing.item_columns.{role}": name for role, name in columns.model_dump().items()
     }
     require_columns(table, roles, _TABLE)
-    text = nw.col(columns.title).cast(nw.String)
-    titles = table.select(
+    read = table.select(
         itemid=identifiers(table, columns.item, _TABLE),
-        title=nw.when(text.str.strip_chars(WHITE_SPACE) != "").then(text),
+        title=titles(table, columns.title, _TABLE),
         row=nw.col(ROW),
     ).filter(~nw.col("itemid").is_null())
-    (size,) = collect_rows(titles.select(rows=nw.len(), ids=nw.col("itemid").n_unique()))
-    first = titles.unique(["itemid"], keep="first", order_by=["row"]).select("itemid", "title")
+    (size,) = collect_rows(read.select(rows=nw.len(), ids=nw.col("itemid").n_unique()))
+    first = read.unique(["itemid"], keep="first", order_by=["row"]).select("itemid", "title")
     return first, size["rows"] - size["ids"]

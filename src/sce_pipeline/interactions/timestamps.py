@@ -111,7 +111,8 @@ def _read(log: nw.LazyFrame[Any], column: str, name: str) -> nw.LazyFrame[Any]:
     if dtype in (nw.String, nw.Categorical, nw.Enum):
         return _read_text(log.with_columns(raw=found.cast(nw.String)))
     if dtype.is_numeric():
-        number = found.cast(nw.Float64)
+        # Divided, since PyArrow casts no whole number that a float does not hold exactly.
+        number = (found / 1 if dtype.is_integer() else found).cast(nw.Float64)
         is_missing = number.is_null() | number.is_nan().fill_null(False)
         text = spell_float(found) if dtype.is_float() else found.cast(nw.String)
         return log.with_columns(
@@ -212,7 +213,8 @@ def _round(number: nw.Expr) -> nw.Expr:
     """Round to the nearest whole number (Int64), halves to the even one; engines differ in that."""
     down = number.floor()
     above = number - down
-    is_up = (above > 0.5) | ((above == 0.5) & (down % 2 == 1))  # noqa: PLR2004
+    is_odd = (down / 2).floor() * 2 != down  # PyArrow knows no remainder
+    is_up = (above > 0.5) | ((above == 0.5) & is_odd)  # noqa: PLR2004
     return nw.when(is_up).then(down + 1).otherwise(down).cast(nw.Int64)
 
 
@@ -254,12 +256,14 @@ def _number(digits: nw.Expr) -> nw.Expr:
 
 
 def _microsecond(moment: nw.Expr) -> nw.Expr:
-    return moment.dt.microsecond() % 1_000_000  # Spark counts those before 1970 down from 0
+    found = moment.dt.microsecond()  # Spark counts those before 1970 down from 0
+    return nw.when(found < 0).then(found + 1_000_000).otherwise(found)
 
 
 def _spell_moment(moment: nw.Expr) -> nw.Expr:
     fraction = _microsecond(moment).cast(nw.String).str.zfill(6)
-    return nw.concat_str(moment.dt.to_string("%Y-%m-%d %H:%M:%S"), nw.lit("."), fraction)
+    seconds = moment.dt.to_string("%Y-%m-%d %H:%M:%S").str.slice(0, 19)  # PyArrow adds a fraction
+    return nw.concat_str(seconds, nw.lit("."), fraction)
 
 
 def since_epoch(moment: nw.Expr) -> nw.Expr:

@@ -79,7 +79,7 @@ class Bundle:
         Raises:
             BundleError: Weights, items and parameters do not belong together.
         """
-        model = self.facts["model"]
+        model: Any = self.facts.get("model")
         try:
             backbone = MODELS[model["name"]](
                 len(self.catalogue.ids), self.facts["max_length"], **network_arguments(model)
@@ -146,6 +146,8 @@ def read_bundle(folder: Path, with_index: bool = False) -> Bundle:
         raise BundleError(f"{folder} is no whole recommender: it lacks {', '.join(missing)}")
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise BundleError(f"{folder / FACTS} is damaged: expected a mapping, got {facts!r:.60}")
         if facts.get("format") != FORMAT:
             raise BundleError(
                 f"{folder / FACTS} has the format {facts.get('format')}, but this version of "
@@ -155,6 +157,11 @@ def read_bundle(folder: Path, with_index: bool = False) -> Bundle:
         items = load_arrays(folder / ITEMS)
         titles = _cut_texts("titles", items)
         catalogue = Catalogue(_cut_texts("ids", items), [title or None for title in titles])
+        if len(titles) != len(catalogue.ids):
+            raise BundleError(
+                f"{folder / ITEMS} is damaged: it has {len(catalogue.ids)} ids, but {len(titles)} "
+                "titles"
+            )
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise BundleError(f"a file in {folder} is damaged: {error}") from error
     card = (folder / CARD).read_text(encoding="utf-8")

@@ -89,7 +89,8 @@ class ItemRecommender:
             deny: Items not to recommend, allowed or not.
 
         Raises:
-            TypeError: An id is neither text nor a whole number, or a history is a single text.
+            TypeError: An id is neither text nor a whole number, a history or list is no list of
+                ids, or ``k`` is no whole number.
             ValueError: ``k`` is below 1, or the lists leave nothing.
 
         Warns:
@@ -121,6 +122,12 @@ class ItemRecommender:
         allow: Iterable[ItemId] | None,
         deny: Iterable[ItemId],
     ) -> list[Recommendations]:
+        try:
+            k = index(k)
+        except TypeError:
+            raise TypeError(
+                f"k must be a whole number, got {k!r} of type {type(k).__name__}"
+            ) from None
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         found = [self._catalogue.find(_read_ids("a history", history)) for history in histories]
@@ -181,6 +188,8 @@ def load_recommender(
 def _read_ids(name: str, ids: Iterable[ItemId]) -> Sequence[str]:
     if isinstance(ids, str):
         raise TypeError(f"{name} must be a list of ids, got the text {ids!r}")
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"{name} must be a list of ids, got {ids!r}")
     return [_read_id(name, item) for item in ids]
 
 

@@ -132,6 +132,13 @@ def collect_histories(
         table = nw.from_native(new_histories)
         source, reading = whole.read_histories(table, data_processing.columns)
         logger.info("Histories are in the order of %s", reading["order"])
+        for reason, loss in reading["dropped"].items():
+            logger.warning(
+                "Histories lack %s rows with %s, the first of them data row %s",
+                f"{loss['rows']:,}",
+                reason,
+                f"{loss['first_data_row']:,}",
+            )
     arrays, users, report = whole.collect_histories(source, nw.from_native(items).lazy())
     report = {"source": recommendation.histories, "reading": reading, **report}
     _tell_unknown(report)
