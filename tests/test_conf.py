@@ -6,6 +6,7 @@ from omegaconf.errors import InterpolationResolutionError
 from pydantic import ValidationError
 
 from helpers import ROOT
+from sce_pipeline.downloads.sources import SOURCES
 from sce_pipeline.losses import LOSSES, build_loss
 from sce_pipeline.models import MODELS, build_model
 from sce_pipeline.parameters import (
@@ -35,6 +36,10 @@ def parse(config):
 
 
 DATASETS = sorted(load()["parameters"]["dataset_presets"])
+
+
+def test_every_log_that_can_be_fetched_has_a_preset():
+    assert set(SOURCES) <= set(DATASETS)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
