@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 from kedro.config import OmegaConfigLoader
 from omegaconf.errors import InterpolationResolutionError
@@ -44,8 +46,18 @@ def test_every_log_that_can_be_fetched_has_a_preset():
     assert set(SOURCES) <= set(PRESETS)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dataset", [*DATASETS, "a_log_without_a_preset"])
+def test_no_data_set_has_values_of_a_loss():
+    assert not any("loss" in preset.get("training", {}) for preset in PRESETS.values())
+
+
+# So that each loss with one data set, and each data set with one loss, are all that can differ.
+@pytest.mark.parametrize(
+    ("dataset", "loss"),
+    [
+        *((DATASETS[0], loss) for loss in LOSSES),
+        *zip([*DATASETS[1:], "a_log_without_a_preset"], cycle(LOSSES), strict=False),
+    ],
+)
 def test_every_loss_goes_with_every_data_set(dataset, loss):
     training = parse(load(dataset=dataset, loss=loss, seed=7))
     assert training.loss.name == loss
