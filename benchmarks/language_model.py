@@ -19,7 +19,6 @@ import re
 import statistics
 import tempfile
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from presets import read_loss, read_presets
 
 from sce_pipeline.evaluation.metrics import hit_rate, ndcg
 from sce_pipeline.evaluation.rankers import rank_with_model
+from sce_pipeline.interactions.sequences import cut_windows
 from sce_pipeline.losses import Loss, build_loss
 from sce_pipeline.models import Backbone, Packing, load_model
 from sce_pipeline.parameters import TrainingParameters
@@ -67,17 +67,13 @@ def number_words(files: list[list[str]], min_count: int) -> tuple[list[np.ndarra
 def as_training(files: list[np.ndarray], n_words: int, max_length: int) -> Arrays:
     """Lay files end to end, in windows of at most ``max_length`` predicted words."""
     offsets = np.concatenate([[0], np.cumsum([len(file) for file in files])])
-    starts, stops = [], []
-    for first, last in pairwise(offsets):
-        cuts = np.arange(last, first + 1, -max_length)
-        stops.append(cuts)
-        starts.append(np.maximum(cuts - max_length - 1, first))
+    starts, stops = cut_windows(offsets, max_length, stride=max_length)
     return {
         "items": np.concatenate(files),
         "offsets": offsets,
         "users": np.arange(len(files), dtype=np.int32),
-        "window_starts": np.concatenate(starts),
-        "window_stops": np.concatenate(stops),
+        "window_starts": starts,
+        "window_stops": stops,
         "n_items": np.array([n_words]),
         "max_length": np.array([max_length]),
     }

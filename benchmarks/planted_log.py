@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from itertools import pairwise
 
 import numpy as np
 from presets import read_presets
 
+from sce_pipeline.interactions.sequences import cut_windows
 from sce_pipeline.parameters import SyntheticParameters
 from sce_pipeline.synthetic.histories import draw_log
 from sce_pipeline.synthetic.world import World
@@ -49,17 +49,13 @@ def draw_sequences(world: World, n_test_users: int, max_length: int) -> tuple[Ar
     kept = np.ones(len(items), dtype=bool)
     kept[offsets[1:] - 1] = kept[offsets[1:] - 2] = False
     ends = np.concatenate([[0], (np.diff(offsets) - 2).cumsum()])
-    starts, stops = [], []
-    for first, last in pairwise(ends):
-        cuts = np.arange(last, first + 1, -max_length)
-        stops.append(cuts)
-        starts.append(np.maximum(cuts - max_length - 1, first))
+    starts, stops = cut_windows(ends, max_length, stride=max_length)
     train = {
         "items": items[kept],
         "offsets": ends,
         "users": np.arange(n_users, dtype=np.int32),
-        "window_starts": np.concatenate(starts),
-        "window_stops": np.concatenate(stops),
+        "window_starts": starts,
+        "window_stops": stops,
         **shared,
     }
     return train, *(hold_out(items, offsets, n_test_users, back) | shared for back in (2, 1))

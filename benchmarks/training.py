@@ -17,7 +17,6 @@ import platform
 import statistics
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from presets import read_presets
 
+from sce_pipeline.interactions.sequences import cut_windows
 from sce_pipeline.models import Packing, build_model
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.encoder import Encoder, ReplayedEncoder
@@ -43,11 +43,7 @@ def synthetic_log(
     offsets = np.concatenate([[0], lengths.cumsum()])
     popularity = (np.arange(n_items) + 10.0) ** -0.8
     items = generator.choice(n_items, offsets[-1], p=popularity / popularity.sum()).astype(np.int32)
-    starts, stops = [], []
-    for first, last in pairwise(offsets):
-        ends = np.arange(last, first + 1, -MAX_LENGTH)
-        stops.append(ends)
-        starts.append(np.maximum(ends - MAX_LENGTH - 1, first))
+    starts, stops = cut_windows(offsets, MAX_LENGTH, stride=MAX_LENGTH)
     shared = {
         "items": items,
         "offsets": offsets,
@@ -55,7 +51,7 @@ def synthetic_log(
         "n_items": np.array([n_items]),
         "max_length": np.array([MAX_LENGTH]),
     }
-    windows = {"window_starts": np.concatenate(starts), "window_stops": np.concatenate(stops)}
+    windows = {"window_starts": starts, "window_stops": stops}
     targets = generator.integers(0, n_items, n_users).astype(np.int32)
     return {**shared, **windows}, {**shared, "targets": targets}
 

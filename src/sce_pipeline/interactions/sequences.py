@@ -176,7 +176,7 @@ def _train_sequences(
     users: np.ndarray, items: np.ndarray, max_length: int, stride: int | None
 ) -> Arrays:
     distinct, lengths = np.unique(users, return_counts=True)
-    starts, stops = _windows(_offsets(lengths), max_length, stride)
+    starts, stops = cut_windows(_offsets(lengths), max_length, stride)
     return {
         "items": items,
         "users": distinct,
@@ -186,10 +186,20 @@ def _train_sequences(
     }
 
 
-def _windows(
+def cut_windows(
     offsets: np.ndarray, max_length: int, stride: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut each user's items into windows of 2 to max_length + 1 items, in time order."""
+    """Cut each user's items into windows of 2 to max_length + 1 items, in time order.
+
+    Args:
+        offsets: Where each user's items begin, and the end: int64 [n_users + 1].
+        max_length: As for ``build_sequences``; with it as the stride every item but the first of a
+            user is predicted once.
+        stride: As for ``build_sequences``.
+
+    Returns:
+        Where each window begins and where it ends, int64 [n_windows] each.
+    """
     begins, ends = offsets[:-1], offsets[1:]
     lengths = ends - begins
     n_windows = (lengths > 1).astype(np.int64)

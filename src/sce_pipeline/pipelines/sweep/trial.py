@@ -95,18 +95,18 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
     return {
         "status": FAILED,
         "error": "\n".join("".join(traceback.format_exception_only(one)).strip() for one in chain),
-        "out_of_memory": any(_is_out_of_memory(one) for one in chain),
+        "out_of_memory": _is_out_of_memory(chain),
         "metrics": {},
     }
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if "OutOfMemoryError" in str(error):  # ranks fail in text alone
+def _is_out_of_memory(chain: list[BaseException]) -> bool:
+    if any("OutOfMemoryError" in str(error) for error in chain):  # ranks fail in text alone
         return True
     # It imports torch, which a trial that does not fail may do without.
     from sce_pipeline.profiling.limits import is_out_of_memory  # noqa: PLC0415
 
-    return is_out_of_memory(error)
+    return is_out_of_memory(chain[0])
 
 
 def _load(name: str, catalog: Mapping[str, Any], version: str) -> Any:
