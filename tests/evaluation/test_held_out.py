@@ -56,8 +56,7 @@ def test_blocks_are_cut_out_on_the_device_and_their_ends_known_on_the_cpu(sequen
 def test_blocks_are_as_large_as_users_and_tokens_allow(device, lengths, users, tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out_module, "USERS_AT_ONCE", users)
-        patch.setattr(held_out_module, "TOKENS_AT_ONCE", tokens)
-        cuts = held_out_module._cuts(np.array(lengths), torch.device(device))
+        cuts = held_out_module._cuts(np.array(lengths), torch.device(device), tokens)
 
     def fits(start, stop):
         block = lengths[start:stop]  # on a CPU attention pads

@@ -116,7 +116,7 @@ def test_a_target_of_minus_zero_ties_with_zeros(target):
 
 @pytest.mark.parametrize("k", range(1, 6))
 def test_minus_zero_ties_with_zeros_in_lists(k):
-    items, _ = ranking_module._top_items(torch.tensor([ZEROS]), k, shard=None)
+    items, _ = ranking_module.first_items(torch.tensor([ZEROS]), k, shard=None)
     assert items.tolist() == [[0, 1, 2, 3, 4][:k]]
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import sce_pipeline
-from sce_pipeline.evaluation.ranking import NO_ITEM, find_top_items
+from sce_pipeline.evaluation.ranking import NO_ITEM
+from sce_pipeline.evaluation.top_items import find_top_items
 from sce_pipeline.models import SASRec
 from sce_pipeline.recommendation.bundle import (
     FILES,

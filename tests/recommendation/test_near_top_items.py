@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sce_pipeline.evaluation.ranking import NO_ITEM, find_top_items
+from sce_pipeline.evaluation.ranking import NO_ITEM
+from sce_pipeline.evaluation.top_items import find_top_items
 from sce_pipeline.recommendation import near_top_items
 from sce_pipeline.recommendation.near_top_items import find_near_top_items
 

@@ -48,19 +48,27 @@ class UserBlocks:
     Args:
         sequences: The arrays, as ``check_sequences`` describes them.
         filter_seen: Whether the blocks carry the items to leave out of the ranking.
+        tokens_at_once: Most tokens in a block of more than one user; ``TOKENS_AT_ONCE`` if not
+            given.
 
     Raises:
         ValueError: The arrays are malformed.
     """
 
-    def __init__(self, sequences: Mapping[str, np.ndarray], filter_seen: bool) -> None:
+    def __init__(
+        self,
+        sequences: Mapping[str, np.ndarray],
+        filter_seen: bool,
+        tokens_at_once: int | None = None,
+    ) -> None:
         check_sequences(sequences)
         self.items = torch.tensor(sequences["items"], dtype=torch.int32)
         self.targets = torch.tensor(sequences["targets"], dtype=torch.int64)
         self.offsets = torch.tensor(sequences["offsets"], dtype=torch.int64)  # stay on the CPU
         self.stops = self.offsets[1:]
         self.lengths = self.offsets.diff().clamp(max=int(sequences["max_length"][0]))
-        self.cuts = _cuts(self.lengths.numpy(), self.items.device)
+        self.tokens_at_once = tokens_at_once or TOKENS_AT_ONCE
+        self.cuts = _cuts(self.lengths.numpy(), self.items.device, self.tokens_at_once)
         self.filter_seen = filter_seen
 
     def to(self, device: torch.device | str) -> UserBlocks:
@@ -69,7 +77,7 @@ class UserBlocks:
         moved.items = self.items.to(device)
         moved.targets = self.targets.to(device)
         moved.stops = self.stops.to(device)
-        moved.cuts = _cuts(self.lengths.numpy(), moved.items.device)
+        moved.cuts = _cuts(self.lengths.numpy(), moved.items.device, self.tokens_at_once)
         return moved
 
     def __len__(self) -> int:
@@ -99,7 +107,7 @@ class UserBlocks:
         )
 
 
-def _cuts(lengths: np.ndarray, device: torch.device) -> list[int]:
+def _cuts(lengths: np.ndarray, device: torch.device, tokens_at_once: int) -> list[int]:
     """Return where blocks of users whose histories have these lengths start, and the end."""
     cuts = [0]
     while cuts[-1] < len(lengths):
@@ -107,7 +115,7 @@ def _cuts(lengths: np.ndarray, device: torch.device) -> list[int]:
         tokens = block.cumsum()
         if device.type == "cpu":
             tokens = np.maximum.accumulate(block) * np.arange(1, len(block) + 1)
-        cuts.append(cuts[-1] + max(1, int(np.searchsorted(tokens, TOKENS_AT_ONCE, "right"))))
+        cuts.append(cuts[-1] + max(1, int(np.searchsorted(tokens, tokens_at_once, "right"))))
     return cuts
 
 

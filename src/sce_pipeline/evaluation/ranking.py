@@ -22,10 +22,6 @@ SCORES_AT_ONCE = 2**23
 """Most scores held at once, unless one user has more: 32 MiB. With what is made of them there are
 75 MiB; for lists of top items up to 125, where equal scores contest the last place of each."""
 
-SCORES_AT_ONCE_FOR_LISTS = 2**27
-"""The same where nothing but lists of top items is asked for, of models that do not train: 512 MiB.
-Each time, the item table is read once, and the device is waited for."""
-
 SCORES_AT_ONCE_ON_CPU = 2**21
 """The same on a CPU, where they should stay in the cache: 8 MiB."""
 
@@ -42,7 +38,7 @@ _GROUPS_TO_SPARE = 4
 """As many times as there are places in a list must there be groups, or looking into them is no
 less work than looking through all scores."""
 
-_LEFT_OUT = -torch.inf
+LEFT_OUT = -torch.inf
 """Score of an item that is left out, below those of all others."""
 
 
@@ -80,6 +76,15 @@ class TopItems:
     items: Tensor
     scores: Tensor
     finite: Tensor
+
+    @classmethod
+    def none(cls, n_users: int, k: int, device: torch.device) -> TopItems:
+        """Return lists without an item, of users whose scores are finite."""
+        return cls(
+            torch.full((n_users, k), NO_ITEM, dtype=torch.int64, device=device),
+            torch.full((n_users, k), LEFT_OUT, dtype=torch.float32, device=device),
+            torch.ones(n_users, dtype=torch.bool, device=device),
+        )
 
 
 @dataclass(frozen=True)
@@ -157,48 +162,8 @@ def rank_block(
         ValueError: The shapes do not fit together. Scores that are not finite are errors too, which
             ``join_rankings`` raises.
     """
-    score, size = _products(hidden, item_embeddings), (len(hidden), len(item_embeddings))
+    score, size = scorer(hidden, item_embeddings), (len(hidden), len(item_embeddings))
     return rank_scores(score, size, hidden.device, targets, seen, k, shard)
-
-
-@torch.no_grad()
-def find_top_items(
-    hidden: Tensor,
-    item_embeddings: Tensor,
-    seen: tuple[Tensor, Tensor] | None,
-    k: int,
-    excluded: Tensor | None = None,
-) -> TopItems:
-    """Find the first items of some users, in the order of ``rank_block``.
-
-    No more than ``SCORES_AT_ONCE_FOR_LISTS`` scores exist at once.
-
-    Args:
-        hidden: A state for each user, [users, d].
-        item_embeddings: The item table, [n_items, d].
-        seen: Each user's items to leave out, as for ``rank_block``.
-        k: Length of the lists, 1 or more.
-        excluded: Which items to leave out for everybody, bool [n_items]; None leaves out nothing.
-
-    Raises:
-        ValueError: The shapes do not fit together.
-    """
-    n_users, n_items = len(hidden), len(item_embeddings)
-    _check_sizes(n_users, n_items, seen, None)
-    if excluded is not None and len(excluded) != n_items:
-        raise ValueError(f"excluded must say of {n_items} items whether, got {len(excluded)}")
-    items = torch.empty(n_users, k, dtype=torch.int64, device=hidden.device)
-    values = torch.empty(n_users, k, dtype=torch.float32, device=hidden.device)
-    finite = torch.empty(n_users, dtype=torch.bool, device=hidden.device)
-    score = _products(hidden, item_embeddings)
-    for users, scores, all_finite in _score_blocks(
-        score, n_users, n_items, hidden.device, seen, None, SCORES_AT_ONCE_FOR_LISTS
-    ):
-        if excluded is not None:
-            scores.masked_fill_(excluded, _LEFT_OUT)
-        finite[users] = all_finite
-        items[users], values[users] = _top_items(scores, k, None)
-    return TopItems(items, values, finite)
 
 
 @torch.no_grad()
@@ -227,21 +192,21 @@ def rank_scores(
         ValueError: The shapes do not fit together.
     """
     n_users, n_items = size
-    _check_sizes(n_users, n_items, seen, shard)
+    check_sizes(n_users, n_items, seen, shard)
     if len(targets) != n_users:
         raise ValueError(f"{n_users} hidden states need as many targets, got {len(targets)}")
     first_item = shard.first_item if shard else 0
     target_ranks = torch.empty(n_users, dtype=torch.int64, device=device)
     top_items = torch.empty(n_users, k, dtype=torch.int64, device=device)
     finite = torch.empty(n_users, dtype=torch.bool, device=device)
-    for users, scores, all_finite in _score_blocks(
+    for users, scores, all_finite in score_blocks(
         score, n_users, n_items, device, seen, shard, SCORES_AT_ONCE
     ):
         target_ranks[users], finite[users] = _rank_targets(
             scores, targets[users] - first_item, all_finite, shard
         )
         if k > 0:
-            top_items[users], _ = _top_items(scores, k, shard)
+            top_items[users], _ = first_items(scores, k, shard)
     return Ranking(target_ranks, top_items, finite)
 
 
@@ -352,12 +317,17 @@ def _rank_blocks(
     }
 
 
-def _check_sizes(
+def check_sizes(
     n_users: int,
     n_items: int,
     seen: tuple[Tensor, Tensor] | None,
     shard: Shard | None,
 ) -> None:
+    """Check that users, items, what is left out and the shard fit together.
+
+    Raises:
+        ValueError: They do not.
+    """
     if n_items == 0:
         raise ValueError("item_embeddings must hold a row or more, got none")
     if shard is not None and n_items > shard.largest:
@@ -368,7 +338,7 @@ def _check_sizes(
         raise ValueError(f"{n_users} hidden states need {n_users + 1} offsets, got {len(seen[1])}")
 
 
-def _products(hidden: Tensor, item_embeddings: Tensor) -> Callable[[slice], Tensor]:
+def scorer(hidden: Tensor, item_embeddings: Tensor) -> Callable[[slice], Tensor]:
     """Return what scores all items for some users by products in float32."""
     table = item_embeddings.float()
 
@@ -379,7 +349,7 @@ def _products(hidden: Tensor, item_embeddings: Tensor) -> Callable[[slice], Tens
     return score
 
 
-def _score_blocks(
+def score_blocks(
     score: Callable[[slice], Tensor],
     n_users: int,
     n_items: int,
@@ -399,7 +369,7 @@ def _score_blocks(
         at_once = SCORES_AT_ONCE_ON_CPU
     users_at_once = max(1, at_once // largest)
     starts = range(0, n_users, users_at_once)
-    left_out = _cut(seen, [*starts, n_users], device) if seen else None
+    left_out = cut_seen(seen, [*starts, n_users], device) if seen else None
     for block, start in enumerate(starts):
         users = slice(start, start + users_at_once)
         scores = score(users)
@@ -411,7 +381,7 @@ def _score_blocks(
         yield users, scores, finite
 
 
-def _cut(
+def cut_seen(
     seen: tuple[Tensor, Tensor], cuts: list[int], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Cut the items to leave out into those of users from one cut to the next.
@@ -437,13 +407,13 @@ def _cut(
 def _leave_out(scores: Tensor, rows: Tensor, items: Tensor, shard: Shard | None) -> None:
     """Put seen items, numbered from the first of the shard, below all others."""
     if shard is None:
-        scores.index_put_((rows, items), scores.new_full((), _LEFT_OUT))
+        scores.index_put_((rows, items), scores.new_full((), LEFT_OUT))
         return
     # What is elsewhere has to go somewhere without changing it: to pick out the rest would wait.
     n_items = scores.shape[1]
     here = (items >= 0) & (items < n_items)
     places = rows * n_items + items.clamp(0, n_items - 1)
-    scores.view(-1).scatter_reduce_(0, places, torch.where(here, _LEFT_OUT, torch.inf), "amin")
+    scores.view(-1).scatter_reduce_(0, places, torch.where(here, LEFT_OUT, torch.inf), "amin")
 
 
 def _rank_targets(
@@ -460,7 +430,7 @@ def _rank_targets(
         target_scores = scores.gather(1, targets)
     else:
         target_scores = scores.gather(1, targets.clamp(0, n_items - 1))
-        target_scores.masked_fill_((targets < 0) | (targets >= n_items), _LEFT_OUT)
+        target_scores.masked_fill_((targets < 0) | (targets >= n_items), LEFT_OUT)
         shard.greatest(target_scores)
     ahead = scores == target_scores
     ahead &= torch.arange(n_items, device=scores.device) < targets
@@ -469,11 +439,11 @@ def _rank_targets(
     counts = torch.stack([ahead.sum(dim=1, dtype=torch.int32), ~finite])
     if shard is not None:
         shard.total(counts)
-    ranks = (1 + counts[0].long()).masked_fill_(target_scores[:, 0] == _LEFT_OUT, NEVER_RANKED)
+    ranks = (1 + counts[0].long()).masked_fill_(target_scores[:, 0] == LEFT_OUT, NEVER_RANKED)
     return ranks, counts[1] == 0
 
 
-def _top_items(scores: Tensor, k: int, shard: Shard | None) -> tuple[Tensor, Tensor]:
+def first_items(scores: Tensor, k: int, shard: Shard | None) -> tuple[Tensor, Tensor]:
     """Find the first k items by scores [users, n_items] of the shard.
 
     Returns:
@@ -491,12 +461,12 @@ def _top_items(scores: Tensor, k: int, shard: Shard | None) -> tuple[Tensor, Ten
         items[some] = _keys(scores[some]).topk(width, dim=1).indices
     values = scores.gather(1, items).add_(0.0)  # makes -0 into 0, which sort may tell apart
     items = F.pad(items, (0, k - width))
-    values = F.pad(values, (0, k - width), value=_LEFT_OUT)
+    values = F.pad(values, (0, k - width), value=LEFT_OUT)
     if shard is not None:
         items, values = shard.gather(items + shard.first_item), shard.gather(values)
     items, by_id = items.sort(dim=1)
     values, by_score = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    items = items.gather(1, by_score).masked_fill_(values == _LEFT_OUT, NO_ITEM)
+    items = items.gather(1, by_score).masked_fill_(values == LEFT_OUT, NO_ITEM)
     return items[:, :k], values[:, :k]
 
 

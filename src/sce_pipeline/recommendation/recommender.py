@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
-from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems, find_top_items
+from sce_pipeline.evaluation.ranking import NO_ITEM
+from sce_pipeline.evaluation.top_items import TopItems, find_top_items
 from sce_pipeline.models import Backbone
 from sce_pipeline.recommendation.item_index import ItemIndex
 from sce_pipeline.recommendation.near_top_items import find_near_top_items
+
+TOKENS_AT_ONCE_ON_GPU = 2**17
+"""Most tokens of histories encoded at once on a GPU, 32 MiB for each tensor of 64 floats a token:
+the item table is gone through once for all of them."""
 
 
 class Recommender:
@@ -71,7 +76,9 @@ class Recommender:
             return best_items, best_scores
         device = self._model.item_embeddings.device
         left_out = None if excluded is None else torch.from_numpy(excluded).to(device)
-        blocks = UserBlocks(self._sequences(items, offsets, served), filter_seen).to(device)
+        sequences = self._sequences(items, offsets, served)
+        tokens_at_once = TOKENS_AT_ONCE_ON_GPU if device.type == "cuda" else None
+        blocks = UserBlocks(sequences, filter_seen, tokens_at_once).to(device)
         stop = 0
         for block in blocks:
             top = self._find(block, k, left_out)

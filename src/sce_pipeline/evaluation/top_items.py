@@ -1,0 +1,75 @@
+"""The first items of each user, where nobody asks for the rank of a target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sce_pipeline.evaluation.ranking import (
+    LEFT_OUT,
+    TopItems,
+    check_sizes,
+    first_items,
+    score_blocks,
+    scorer,
+)
+
+SCORES_AT_ONCE = 2**27
+"""Most scores held at once on a GPU, unless one user has more: 512 MiB."""
+
+LEAST_ITEMS = 2**15
+"""From here on a catalogue is looked through by groups."""
+
+
+@torch.no_grad()
+def find_top_items(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    seen: tuple[Tensor, Tensor] | None,
+    k: int,
+    excluded: Tensor | None = None,
+) -> TopItems:
+    """Find the first items of some users, in the order of ``rank_block``.
+
+    Scores are products in float32, and no more than ``SCORES_AT_ONCE`` of them exist at once. The
+    device is waited for a few times.
+
+    Args:
+        hidden: A state for each user, [users, d].
+        item_embeddings: The item table, [n_items, d].
+        seen: Each user's items to leave out, as for ``rank_block``.
+        k: Length of the lists, 1 or more.
+        excluded: Which items to leave out for everybody, bool [n_items]; None leaves out nothing.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    n_items = len(item_embeddings)
+    check_sizes(len(hidden), n_items, seen, None)
+    if excluded is not None and len(excluded) != n_items:
+        raise ValueError(f"excluded must say of {n_items} items whether, got {len(excluded)}")
+    if hidden.is_cuda and n_items >= LEAST_ITEMS:
+        from sce_pipeline.evaluation.top_groups import find_by_groups  # noqa: PLC0415 - Linux's
+
+        return find_by_groups(hidden, item_embeddings, seen, k, excluded)
+    return find_among_all(hidden, item_embeddings, seen, k, excluded)
+
+
+def find_among_all(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    seen: tuple[Tensor, Tensor] | None,
+    k: int,
+    excluded: Tensor | None = None,
+) -> TopItems:
+    """Do what ``find_top_items`` does by all scores, of some users after the others."""
+    top = TopItems.none(len(hidden), k, hidden.device)
+    score, size = scorer(hidden, item_embeddings), (len(hidden), len(item_embeddings))
+    for users, scores, finite in score_blocks(
+        score, *size, hidden.device, seen, None, SCORES_AT_ONCE
+    ):
+        if excluded is not None:
+            scores.masked_fill_(excluded, LEFT_OUT)
+        top.finite[users] = finite
+        top.items[users], top.scores[users] = first_items(scores, k, None)
+    return top

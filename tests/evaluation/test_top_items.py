@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sce_pipeline.evaluation import top_items as top_items_module
+from sce_pipeline.evaluation.ranking import NO_ITEM
+from sce_pipeline.evaluation.top_items import find_among_all, find_top_items
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux alone")
+
+
+@pytest.fixture(params=["all", pytest.param("groups", marks=needs_triton)])
+def find(request):
+    """Each way to find the first items."""
+    return finder(request.param)
+
+
+def finder(way):
+    if way == "all":
+        return find_among_all
+    from sce_pipeline.evaluation.top_groups import find_by_groups  # noqa: PLC0415
+
+    return find_by_groups
+
+
+def draw_case(seed, n_users=40, n_items=1500, d=3, most_seen=60):
+    """Whole numbers, so that many scores are equal and all are exact, also in bfloat16."""
+    generator = np.random.default_rng(seed)
+    hidden = generator.integers(-3, 4, size=(n_users, d))
+    table = generator.integers(-3, 4, size=(n_items, d))
+    offsets = np.append(0, generator.integers(most_seen + 1, size=n_users).cumsum())
+    return hidden, table, (generator.integers(n_items, size=offsets[-1]), offsets)
+
+
+def call(find, hidden, table, seen, k, excluded=None):
+    arrays = (torch.from_numpy(array).float().to(DEVICE) for array in (hidden, table))
+    if seen is not None:
+        seen = (torch.from_numpy(seen[0]).to(DEVICE), torch.from_numpy(seen[1]))
+    if excluded is not None:
+        excluded = torch.from_numpy(excluded).to(DEVICE)
+    return find(*arrays, seen, k, excluded)
+
+
+def sort_all(hidden, table, seen, k, excluded=None):
+    """The first k items of a lexical sort by score in float64, then by id."""
+    scores = hidden.astype(float) @ table.T.astype(float)
+    if seen is not None:
+        scores[np.repeat(np.arange(len(hidden)), np.diff(seen[1])), seen[0]] = -np.inf
+    if excluded is not None:
+        scores[:, excluded] = -np.inf
+    ids = np.broadcast_to(np.arange(len(table)), scores.shape)
+    order = np.lexsort((ids, -scores))[:, :k]
+    best = np.take_along_axis(scores, order, axis=1)
+    missing = ((0, 0), (0, k - order.shape[1]))
+    order = np.pad(np.where(np.isneginf(best), NO_ITEM, order), missing, constant_values=NO_ITEM)
+    return order, np.pad(best, missing, constant_values=-np.inf)
+
+
+def assert_sorted(top, expected):
+    items, scores = expected
+    np.testing.assert_array_equal(top.items.cpu().numpy(), items)
+    np.testing.assert_array_equal(top.scores.cpu().numpy(), scores)
+    assert top.finite.all()
+
+
+@pytest.mark.parametrize("k", [1, 10, 300, 2000])
+@pytest.mark.parametrize("filter_seen", [False, True])
+@pytest.mark.parametrize("share_excluded", [0.0, 0.3, 0.995, 1.0])
+def test_lists_are_those_of_a_lexical_sort(find, k, filter_seen, share_excluded):
+    hidden, table, seen = draw_case(k)
+    seen = seen if filter_seen else None
+    excluded = np.random.default_rng(1).random(len(table)) < share_excluded
+    expected = sort_all(hidden, table, seen, k, excluded)
+    assert_sorted(call(find, hidden, table, seen, k, excluded), expected)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 1100), st.integers(1, 4), st.data())
+@pytest.mark.parametrize("way", ["all", pytest.param("groups", marks=needs_triton)])
+def test_lists_of_ragged_shapes(way, seed, n_users, n_items, d, data):
+    hidden, table, seen = draw_case(
+        seed, n_users, n_items, d, most_seen=data.draw(st.integers(0, 9))
+    )
+    k = data.draw(st.integers(1, 12))
+    assert_sorted(call(finder(way), hidden, table, seen, k), sort_all(hidden, table, seen, k))
+
+
+def test_the_first_items_may_be_seen_and_in_groups_of_their_own(find):
+    """What is seen has the largest scores of all, each in another group than the next."""
+    n_items = 5000
+    table = np.arange(n_items)[:, None] % 251
+    best = np.flatnonzero(table[:, 0] == 250)
+    seen = (best, np.array([0, len(best)]))
+    hidden = np.ones((1, 1))
+    assert_sorted(call(find, hidden, table, seen, 5), sort_all(hidden, table, seen, 5))
+
+
+def test_scores_are_not_those_of_bfloat16(find):
+    """The factors of the best are rounded down and those of the others up, all as far as may be."""
+    down, up = 1 + 2**-8, 1 + 3 * 2**-8
+    hidden = np.array([[down, up, 2**-3]])
+    table = np.zeros((3000, 3))
+    table[7] = [down, 0, 2**-3 + 2**-9]
+    table[300::256] = [0, up, 0]
+    rounded = call(
+        find, *(torch.from_numpy(a).bfloat16().double().numpy() for a in (hidden, table)), None, 1
+    )
+    assert rounded.items.tolist() == [[300]]
+    assert_sorted(call(find, hidden, table, None, 1), sort_all(hidden, table, None, 1))
+    assert_sorted(call(find, hidden, table, None, 4), sort_all(hidden, table, None, 4))
+
+
+def test_scores_that_bfloat16_cannot_tell_apart_are_ordered_by_float32(find):
+    table = 1 + np.random.default_rng(0).permutation(3000)[:, None] * 2.0**-20
+    hidden = np.array([[1.0], [0.5], [-1.0]])
+    assert_sorted(call(find, hidden, table, None, 20), sort_all(hidden, table, None, 20))
+
+
+def test_real_numbers_are_scored_in_float32(find):
+    generator = np.random.default_rng(0)
+    hidden, table = generator.normal(size=(30, 20)), generator.normal(size=(12_000, 20))
+    seen = (generator.integers(12_000, size=300), np.arange(31) * 10)
+    top = call(find, hidden, table, seen, 25)
+    items, scores = sort_all(hidden, table, seen, 25)
+    np.testing.assert_array_equal(top.items.cpu().numpy(), items)
+    np.testing.assert_allclose(top.scores.cpu().numpy(), scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
+def test_users_without_finite_scores_are_told(find, value):
+    hidden, table, seen = draw_case(0, n_users=3)
+    hidden = hidden.astype(float)
+    hidden[1] = value
+    table[:] = 3
+    assert call(find, hidden, table, seen, 4).finite.tolist() == [True, False, True]
+
+
+def test_few_users_at_a_time_give_the_same(monkeypatch, find):
+    hidden, table, seen = draw_case(5)
+    hidden[7] = 0  # all its scores are equal, so that it is looked for in all groups
+    expected = sort_all(hidden, table, seen, 10)
+    for scores_at_once in (1, 5000, 2**16):
+        for module in (top_items_module, "sce_pipeline.evaluation.top_groups"):
+            name = module if isinstance(module, str) else module.__name__
+            monkeypatch.setattr(f"{name}.SCORES_AT_ONCE", scores_at_once)
+        assert_sorted(call(find, hidden, table, seen, 10), expected)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    hidden, table = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(ValueError, match="excluded must say of 4 items whether, got 5"):
+        find_top_items(hidden, table, None, 1, torch.zeros(5, dtype=torch.bool))
+    seen = (torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="2 hidden states need 3 offsets, got 2"):
+        find_top_items(hidden, table, seen, 1)
