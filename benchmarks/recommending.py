@@ -8,11 +8,11 @@ parameters but for what the command line says: an untrained SASRec in float32 an
 about 50 random items, which are left out, then also every tenth item. The parts of the time:
 
 - encoder: from the items of histories on the device to hidden states;
-- ranking: scores of all items, what is left out, the first k and their order;
+- ranking: which items are the first k of all but those that are left out, and their order;
 - transfer: all the rest, histories checked, brought to the device and cut into blocks, lists
   brought back.
 
-The device is waited for where a part ends, which is a few times a block of hundreds of users, each
+The device is waited for where a part ends, which is a few times a block of thousands of users, each
 of which takes many times as long. The floor is the larger of two times: the products of all users
 with all items, at the rate of a large product in float32, and the table, the histories and the
 lists, each moved once, at the rate of a large copy; both rates are measured in the same run.

@@ -26,9 +26,9 @@ def find(request):
 def finder(way):
     if way == "all":
         return find_among_all
-    from sce_pipeline.evaluation.top_groups import find_by_groups  # noqa: PLC0415
+    from sce_pipeline.evaluation import top_groups  # noqa: PLC0415
 
-    return find_by_groups
+    return top_groups.find_by_groups
 
 
 def draw_case(seed, n_users=40, n_items=1500, d=3, most_seen=60):
@@ -152,6 +152,26 @@ def test_few_users_at_a_time_give_the_same(monkeypatch, find):
             name = module if isinstance(module, str) else module.__name__
             monkeypatch.setattr(f"{name}.SCORES_AT_ONCE", scores_at_once)
         assert_sorted(call(find, hidden, table, seen, 10), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("scores_at_once", "by_groups"), [(40 * 1500, False), (40 * 1500 - 1, True)]
+)
+def test_only_what_is_too_much_at_once_goes_by_groups(monkeypatch, scores_at_once, by_groups):
+    calls, find_as_ever = [], finder("groups")
+
+    def find_by_groups(*arguments):
+        calls.append(arguments)
+        return find_as_ever(*arguments)
+
+    monkeypatch.setattr(top_items_module, "takes_triton", lambda *_, **__: True)
+    monkeypatch.setattr(top_items_module, "SCORES_AT_ONCE", scores_at_once)
+    case = draw_case(3)
+    expected = sort_all(*case, 8)
+    monkeypatch.setattr("sce_pipeline.evaluation.top_groups.find_by_groups", find_by_groups)
+    assert_sorted(call(find_top_items, *case, 8), expected)
+    assert bool(calls) == by_groups
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -13,12 +13,11 @@ from sce_pipeline.evaluation.ranking import (
     score_blocks,
     scorer,
 )
+from sce_pipeline.losses.implementation import takes_triton
 
 SCORES_AT_ONCE = 2**27
-"""Most scores held at once on a GPU, unless one user has more: 512 MiB."""
-
-LEAST_ITEMS = 2**15
-"""From here on a catalogue is looked through by groups."""
+"""Most scores held at once on a GPU: 512 MiB. More are looked through by groups of items, which is
+quicker, but for a millisecond that the host takes to launch what it needs."""
 
 
 @torch.no_grad()
@@ -48,7 +47,8 @@ def find_top_items(
     check_sizes(len(hidden), n_items, seen, None)
     if excluded is not None and len(excluded) != n_items:
         raise ValueError(f"excluded must say of {n_items} items whether, got {len(excluded)}")
-    if hidden.is_cuda and n_items >= LEAST_ITEMS:
+    kernels = takes_triton("auto", hidden, item_embeddings, deterministic=True)
+    if kernels and len(hidden) * n_items > SCORES_AT_ONCE:
         from sce_pipeline.evaluation.top_groups import find_by_groups  # noqa: PLC0415 - Linux's
 
         return find_by_groups(hidden, item_embeddings, seen, k, excluded)
