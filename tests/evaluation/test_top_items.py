@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -147,10 +148,11 @@ def test_few_users_at_a_time_give_the_same(monkeypatch, find):
     hidden, table, seen = draw_case(5)
     hidden[7] = 0  # all its scores are equal, so that it is looked for in all groups
     expected = sort_all(hidden, table, seen, 10)
-    for scores_at_once in (1, 5000, 2**16):
-        for module in (top_items_module, "sce_pipeline.evaluation.top_groups"):
-            name = module if isinstance(module, str) else module.__name__
-            monkeypatch.setattr(f"{name}.SCORES_AT_ONCE", scores_at_once)
+    for at_once in (1, 5000, 2**16):
+        for name in {"SCORES_AT_ONCE", "NUMBERS_AT_ONCE"} & vars(
+            sys.modules[find.__module__]
+        ).keys():
+            monkeypatch.setattr(f"{find.__module__}.{name}", at_once)
         assert_sorted(call(find, hidden, table, seen, 10), expected)
 
 

@@ -24,6 +24,9 @@ SCORES_AT_ONCE = 2**27
 NUMBERS_FOR_A_GROUP = 8
 """As many numbers of four bytes are held for a user and a group, at the most."""
 
+NUMBERS_AT_ONCE = 2**24
+"""Most numbers of embeddings held at once to score what users have seen: 64 MiB."""
+
 
 @torch.no_grad()
 def find_by_groups(
@@ -139,7 +142,7 @@ def _choose_groups(
     if left_out is not None:
         users, items = left_out
         groups = items // GROUP
-        scores = (states[users] * catalogue.table[items]).sum(dim=1)
+        scores = _score(states, catalogue.table, users, items)
         behind = torch.where(scores >= reached[groups, users], LEFT_OUT, torch.inf)
         places = groups * len(states) + users
         reached.view(-1).scatter_reduce_(0, places, behind, "amin")
@@ -147,6 +150,13 @@ def _choose_groups(
     if k <= len(reached):
         possible &= error.add_(maxima) >= reached.topk(k, dim=0).values[-1]
     return possible.T.contiguous()
+
+
+def _score(states: Tensor, table: Tensor, users: Tensor, items: Tensor) -> Tensor:
+    """Return the score of an item for each of some users, float32 [n], few at a time."""
+    at_once = max(1, NUMBERS_AT_ONCE // states.shape[1])
+    parts = zip(users.split(at_once), items.split(at_once), strict=True)
+    return torch.cat([(states[user] * table[item]).sum(dim=1) for user, item in parts])
 
 
 def rounding_error(d: int) -> float:
