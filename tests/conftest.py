@@ -50,7 +50,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copytree(ROOT / "conf", folder / "conf")
+        shutil.copytree(ROOT / "conf", folder / "conf", copy_function=shutil.copyfile)
         for name in ("pyproject.toml", ".telemetry"):
             shutil.copy(ROOT / name, folder)
 
