@@ -5,18 +5,16 @@ import gc
 import multiprocessing
 import os
 import shutil
-from functools import cache
 from pathlib import Path
 
-import omegaconf
 import pytest
 import torch
-import yaml
 from hypothesis import settings
 from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
-from omegaconf import OmegaConf, grammar_parser
+from omegaconf import OmegaConf
 
+from configuration import hasten_configuration
 from helpers import ROOT
 from ranks import Ranks
 
@@ -27,9 +25,7 @@ settings.register_profile("untimed", deadline=None)  # how long a test takes is 
 settings.load_profile("untimed")
 # Importing torch takes a process seconds: those forked from one that has done so begin at once.
 multiprocessing.set_forkserver_preload(["torch._dynamo", "sce_pipeline.training.fit"])
-# Most of the time of loading a configuration goes into YAML and the grammar of interpolations.
-yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-omegaconf.base.parse = omegaconf._utils.parse = cache(grammar_parser.parse)
+hasten_configuration()
 
 
 def pytest_collection_finish():
@@ -54,7 +50,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copytree(ROOT / "conf", folder / "conf")
+        shutil.copytree(ROOT / "conf", folder / "conf", copy_function=shutil.copyfile)
         for name in ("pyproject.toml", ".telemetry"):
             shutil.copy(ROOT / name, folder)
 

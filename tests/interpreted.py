@@ -7,9 +7,12 @@ from importlib.util import find_spec
 
 
 def hasten_interpreter() -> None:
-    """Keep it from replacing all of Triton's language by its own before each call of a function.
+    """Spare the interpreter what it does again and again with the same outcome.
 
-    It looks through whole modules for that, though all has been replaced since the kernel began.
+    Before each call of a function it replaces all of Triton's language by its own, and looks
+    through whole modules for that, though all has been replaced since the kernel began. With each
+    operation it works out the shapes and the types of its results anew, which takes longer than the
+    operation. What is computed stays the interpreter's affair.
     """
     if find_spec("triton") is None:  # it is for Linux alone
         return
@@ -30,3 +33,40 @@ def hasten_interpreter() -> None:
         return interpreter._LangPatchScope()  # with nothing to restore
 
     interpreter._patch_lang = replace_once
+    _remember_types(interpreter)
+    _remember_shapes(language.core)
+
+
+def _remember_types(interpreter) -> None:
+    """Look up the NumPy type of each of Triton's types once."""
+    find, found = interpreter._get_np_dtype, {}
+
+    def find_once(of):
+        if (name := str(of)) not in found:
+            found[name] = find(of)
+        return found[name]
+
+    interpreter._get_np_dtype = find_once
+
+
+def _remember_shapes(core) -> None:
+    """Work out once what tensors of a type, and types of a shape, have in common."""
+    make_type, of_types = core.block_type.__init__, {}
+    make_tensor, of_tensors = core.tensor.__init__, {}
+
+    def make_type_once(self, element_ty, shape):
+        key = (str(element_ty), *(getattr(size, "value", size) for size in shape))
+        if key not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[key] = vars(self).copy()
+        vars(self).update(of_types[key], element_ty=element_ty)
+
+    def make_tensor_once(self, handle, type):
+        key = str(type)
+        if key not in of_tensors:
+            make_tensor(self, handle, type)
+            of_tensors[key] = vars(self).copy()
+        vars(self).update(of_tensors[key], handle=handle, type=type, dtype=type.scalar)
+
+    core.block_type.__init__ = make_type_once
+    core.tensor.__init__ = make_tensor_once

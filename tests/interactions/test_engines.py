@@ -102,9 +102,12 @@ def process(log, items, split, iterate):
 
 @pytest.mark.parametrize(
     ("engine", "split", "iterate"),
-    # Spark takes seconds for each; the split left out here is that of the data set that ships.
+    # Spark and DuckDB take seconds for each: how rows are filtered and how they are split have
+    # nothing to do with each other. The split left out here is that of the data set that ships.
     [
-        *product(["pandas", "duckdb"], SPLITS, [False, True]),
+        *product(["pandas"], SPLITS, [False, True]),
+        *product(["duckdb"], SPLITS, [True]),
+        ("duckdb", SPLITS[0], False),
         *product(["pandas over PyArrow", "spark"], SPLITS[::2], [True]),
     ],
     indirect=["engine"],

@@ -107,6 +107,14 @@ def test_the_time_that_is_left_counts_what_runs_side_by_side(tmp_path, caplog, m
     ]
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C is heard here, as it is not by what a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_what_ends_a_sweep_ends_the_trials_that_run_and_keeps_what_they_bring(tmp_path, error):
     started = threading.Barrier(3)
@@ -131,6 +139,7 @@ def test_what_ends_a_sweep_ends_the_trials_that_run_and_keeps_what_they_bring(tm
     assert records.find(plan({"a": 3}))[SCORE] == 0.25
 
 
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_ends_the_trials_that_run(tmp_path, monkeypatch):
     importlib.import_module("polars")  # whose handler of signals lets what waits go on
     real_wait = running.wait

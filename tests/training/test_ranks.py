@@ -89,6 +89,16 @@ def build_as_shards_do(parameters, n_items, max_length):
     return model
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Ranks begin without the seconds of imports that those launched elsewhere here spend."""
+
+    def configure(**options):
+        return LaunchConfig(**{**options, "start_method": "forkserver"})
+
+    monkeypatch.setattr(ranks_module, "LaunchConfig", configure)
+
+
 def test_ranks_add_agree_and_the_first_one_speaks(caplog):
     before = signal.getsignal(signal.SIGINT)
     with caplog.at_level(logging.INFO, logger="sce_pipeline"):
@@ -98,6 +108,7 @@ def test_ranks_add_agree_and_the_first_one_speaks(caplog):
     assert "hello from rank 1" not in caplog.text
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_failing_rank_ends_all_of_them_with_its_message():
     started = time.perf_counter()
     with pytest.raises(RuntimeError, match="rank 1 of 2 failed: ValueError: this rank does not"):
@@ -105,6 +116,7 @@ def test_a_failing_rank_ends_all_of_them_with_its_message():
     assert time.perf_counter() - started < 50
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_killed_while_it_logs_hangs_nobody(monkeypatch):
     monkeypatch.setattr(ranks_module, "LAST_WORDS", 0.5)
     with pytest.raises(RuntimeError, match="rank 1 of 2 failed: Signal 9"):
@@ -144,16 +156,6 @@ def is_running(process):
     return state.exists() and state.read_text().split()[2] != "Z"
 
 
-@pytest.fixture
-def forked_ranks(monkeypatch):
-    """Ranks begin without the seconds of imports that those launched elsewhere here spend."""
-
-    def configure(**options):
-        return LaunchConfig(**{**options, "start_method": "forkserver"})
-
-    monkeypatch.setattr(ranks_module, "LaunchConfig", configure)
-
-
 @pytest.mark.usefixtures("forked_ranks")
 def test_ranks_asked_in_different_steps_end_after_the_same_and_lose_nothing(tmp_path, monkeypatch):
     loss = {"name": "ce_minus", "n_negatives": 8, "exclude": "target", "impl": "auto"}
@@ -180,6 +182,7 @@ def test_ranks_asked_in_different_steps_end_after_the_same_and_lose_nothing(tmp_
     assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_that_outlive_their_launcher_for_a_moment_keep_the_folder(tmp_path):
     held = tmp_path / "ranks"
     message = f"CheckpointError: another run trains in {held}"

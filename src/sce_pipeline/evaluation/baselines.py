@@ -12,7 +12,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 from scipy import sparse
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlock
@@ -82,6 +81,8 @@ def fit_pure_svd(interactions: sparse.csr_array, n_factors: int, seed: int) -> n
             f"baselines.pure_svd.n_factors is {n_factors}, but {interactions.shape[0]} users and "
             f"{interactions.shape[1]} items have no more than {min(interactions.shape)} factors"
         )
+    from sklearn.utils.extmath import randomized_svd  # noqa: PLC0415 - takes half a second
+
     vectors = randomized_svd(interactions, n_factors, n_iter=4, random_state=seed)[2]
     return np.ascontiguousarray(vectors.T, dtype=np.float32)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 
 from sce_pipeline.evaluation.bootstrap import bootstrap_intervals
 from sce_pipeline.evaluation.metrics import ndcg
@@ -96,6 +95,8 @@ def permutation_p_value(differences: np.ndarray, n_permutations: int, seed: int)
     differing = differences[differences != 0]  # zeros have no sign, and most users have one
     if len(differing) == 0:
         return 1.0
+    from scipy import stats  # noqa: PLC0415 - takes half a second
+
     generator = np.random.default_rng(seed)
 
     def draw(size: tuple[int, ...]) -> np.ndarray:

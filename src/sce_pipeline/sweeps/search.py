@@ -10,8 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from sklearn.model_selection import ParameterGrid, ParameterSampler
-
 from sce_pipeline.parameters import GridSweep, Interval, OptunaSweep, RandomSweep, Sweep
 from sce_pipeline.sweeps.trials import FINISHED, SCORE, Records, Trial
 from sce_pipeline.sweeps.values import describe
@@ -66,11 +64,13 @@ def build_search(sweep: Sweep, plan: Plan, records: Records, at_once: int) -> Se
 
 def expand(sweep: GridSweep | RandomSweep) -> list[dict[str, Any]]:
     """Return the values of every trial of a grid, or of those that were drawn from it."""
+    from sklearn import model_selection  # noqa: PLC0415 - takes half a second
+
     grid = sweep.grid
     if isinstance(sweep, RandomSweep):
-        n_trials = min(sweep.n_trials, len(ParameterGrid(grid)))
-        return list(ParameterSampler(grid, n_trials, random_state=sweep.seed))
-    return list(ParameterGrid(grid))
+        n_trials = min(sweep.n_trials, len(model_selection.ParameterGrid(grid)))
+        return list(model_selection.ParameterSampler(grid, n_trials, random_state=sweep.seed))
+    return list(model_selection.ParameterGrid(grid))
 
 
 def _plan_all(combinations: list[dict[str, Any]], plan: Plan) -> list[Trial]:

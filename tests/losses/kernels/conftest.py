@@ -36,7 +36,12 @@ def nothing_but_the_arguments_is_touched(monkeypatch):
 
     def check(pointers, mask):
         wanted = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        if not wanted.size:
+            return
         size = pointers.get_element_ty().primitive_bitwidth // 8
+        first, last = wanted.min(), wanted.max()
+        if any(start <= first and last + size <= stop for start, stop in spans):
+            return  # and so is all that lies between, which spares a look at each
         inside = np.zeros(wanted.shape, bool)
         for start, stop in spans:
             inside |= (wanted >= start) & (wanted + size <= stop)

@@ -8,7 +8,6 @@ from typing import Any
 
 import polars as pl
 from plotly import graph_objects as go
-from plotly.offline import get_plotlyjs
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1600px; padding: 0 1rem }
@@ -27,6 +26,8 @@ def render_page(title: str, sections: Mapping[str, str]) -> str:
         title: The heading of the page, as plain text.
         sections: HTML by the plain text of its heading.
     """
+    from plotly.offline import get_plotlyjs  # noqa: PLC0415 - imports all of IPython
+
     body = "\n".join(
         f"<section><h2>{escape(heading)}</h2>\n{html}</section>"
         for heading, html in sections.items()
