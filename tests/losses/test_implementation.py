@@ -8,6 +8,7 @@ import torch
 from sce_pipeline.losses import implementation
 from sce_pipeline.losses.cce import LARGEST_FLOAT32, MOST_ITEMS, decides_for_triton
 from sce_pipeline.losses.implementation import MAX_SIZE, takes_triton
+from sce_pipeline.parameters import losses
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,7 @@ def test_auto_heeds_what_pytorch_is_told_about_determinism(monkeypatch, determin
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert takes_triton("auto", rows, rows, deterministic=deterministic) == deterministic
     assert takes_triton("triton", rows, rows, deterministic=deterministic)
+
+
+def test_parameters_and_losses_know_the_same_implementations():
+    assert implementation.Implementation == losses.Implementation

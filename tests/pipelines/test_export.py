@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import polars as pl
@@ -124,6 +125,8 @@ import json, sys
 for library in {LIBRARIES!r}:
     sys.modules[library] = None  # importing it fails
 import sce_pipeline
+if {find_spec("triton") is not None}:
+    import sce_pipeline.evaluation.top_groups  # as a GPU would have it
 found = sce_pipeline.load_recommender({str(folder)!r}).recommend(["i1", "i2", "rare"], k=3)
 print(json.dumps(found.items + found.unknown))
 """

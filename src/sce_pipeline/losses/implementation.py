@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sce_pipeline.losses.base import autocast_dtype
-from sce_pipeline.parameters import Implementation
+
+Implementation = Literal["auto", "torch", "triton"]
+"""As the parameters have it, from which whoever only serves a model imports nothing."""
 
 MAX_SIZE = 512
 """Largest d of hidden states and item embeddings that the kernels take."""
