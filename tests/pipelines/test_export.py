@@ -152,6 +152,8 @@ def test_the_encoder_goes_along_where_it_is_asked_for(project):
     project.run(pipelines=["export"], **SMALL_RUN, loss="ce", export={"onnx": True})
     (folder,) = exported(project)
     assert "encoder.onnx" in (folder / "model_card.md").read_text()
+    facts = json.loads((folder / "recommender.json").read_text())
+    assert facts["encoder"]["largest_difference"] < 1e-5
     session = onnxruntime.InferenceSession(folder / "encoder.onnx")
     inputs = {"items": np.array([[3, 4, 5]]), "lengths": np.array([3])}
     (hidden,) = session.run(None, inputs)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sce_pipeline.models import GRU4Rec, Packing, SASRec
 from sce_pipeline.recommendation import onnx_encoder
-from sce_pipeline.recommendation.onnx_encoder import HistoryEncoder, write_encoder
+from sce_pipeline.recommendation.onnx_encoder import HistoryEncoder, measure_encoder, write_encoder
 
 N_ITEMS, MAX_LENGTH = 30, 6
 
@@ -53,12 +53,16 @@ def test_in_a_rectangle_the_states_are_those_of_each_history_alone(model, rows, 
 
 
 @pytest.fixture(scope="module")
-def session(model, tmp_path_factory):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def file(model, tmp_path_factory):
     pytest.importorskip("onnxscript")
     file = tmp_path_factory.mktemp("onnx") / "encoder.onnx"
     write_encoder(model, file)
-    return onnxruntime.InferenceSession(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def session(file):
+    return pytest.importorskip("onnxruntime").InferenceSession(file)
 
 
 @given(histories, st.integers(0, N_ITEMS - 1))
@@ -66,6 +70,22 @@ def test_the_file_gives_the_states_of_the_model(session, model, rows, filler):
     items, lengths = lay_out(rows, filler)
     (found,) = session.run(["hidden"], {"items": items, "lengths": lengths})
     np.testing.assert_allclose(found, encode_one_by_one(model, rows), atol=1e-5)
+
+
+def test_the_file_is_measured_beside_the_model(file, model):
+    measured = measure_encoder(model, file)
+    assert measured["n_histories"] == 64
+    assert 0 <= measured["largest_difference"] < 1e-5
+    assert all(milliseconds > 0 for milliseconds in measured["milliseconds"].values())
+
+
+def test_the_file_of_another_model_is_refused(file):
+    torch.manual_seed(1)
+    other = SASRec(N_ITEMS, MAX_LENGTH, hidden_size=8, n_blocks=2, n_heads=2, dropout=0.3)
+    with pytest.raises(
+        ValueError, match=r"encoder\.onnx differs from the model by \d.*at most 1e-04"
+    ):
+        measure_encoder(other, file)
 
 
 def test_the_shortest_histories_there_are_can_be_exported(tmp_path):
@@ -86,6 +106,6 @@ def test_another_model_is_refused(tmp_path):
 
 def test_what_is_missing_is_said(model, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_encoder, "find_spec", lambda name: None)
-    message = r"export\.onnx needs onnx and onnxscript: pip install -e '\.\[onnx\]'"
+    message = r"export\.onnx needs onnx, onnxruntime, onnxscript: pip install -e '\.\[onnx\]'"
     with pytest.raises(ModuleNotFoundError, match=message):
         write_encoder(model, tmp_path / "encoder.onnx")

@@ -25,7 +25,7 @@ from torch import Tensor
 from sce_pipeline.models import MODELS, Backbone, network_arguments
 from sce_pipeline.recommendation.catalogue import Catalogue
 from sce_pipeline.recommendation.item_index import ItemIndex, digest_file
-from sce_pipeline.recommendation.onnx_encoder import write_encoder
+from sce_pipeline.recommendation.onnx_encoder import measure_encoder, write_encoder
 
 FORMAT = 1
 """Number of the form of the folder; another form gets another number."""
@@ -39,7 +39,7 @@ WEIGHTS, ITEMS, FACTS, CARD = FILES = (
 """The files of the folder."""
 
 ENCODER = "encoder.onnx"
-"""One more, where it is asked for."""
+"""One more, where it is asked for; a fact ``encoder`` says how near to the model it is."""
 
 INDEX = "items.faiss"
 """Another; a fact ``index`` says what it is, with a ``digest`` of the file."""
@@ -100,7 +100,8 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
 
     Raises:
         BundleError: Weights, items and parameters do not belong together.
-        ValueError: The encoder of this model cannot be written as an ONNX file.
+        ValueError: The encoder of this model cannot be written as an ONNX file, or gives other
+            hidden states there.
         ModuleNotFoundError: What PyTorch needs for that is not installed.
     """
     model = bundle.build()
@@ -118,10 +119,11 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
         if bundle.index is not None:
             bundle.index.write(unfinished / INDEX)
             facts["index"] = {**facts["index"], "digest": digest_file(unfinished / INDEX)}
-        (unfinished / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (unfinished / CARD).write_text(bundle.card, encoding="utf-8")
         if bundle.with_encoder:
             write_encoder(model, unfinished / ENCODER)
+            facts["encoder"] = measure_encoder(model, unfinished / ENCODER)
+        (unfinished / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (unfinished / CARD).write_text(bundle.card, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)

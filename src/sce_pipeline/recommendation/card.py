@@ -58,7 +58,8 @@ ENCODER = """\
 `item_embedding.weight` in `model.safetensors` are the scores. Its inputs are `items`, int64
 [histories, longest], each history followed by any items, and `lengths`, int64 [histories]: give it
 at most the last {max_length} items of a history and at least one. Item i is the i-th of
-`items.safetensors`, where `ids_stops` says at which byte of `ids` each id ends."""
+`items.safetensors`, where `ids_stops` says at which byte of `ids` each id ends. How near its states
+came to PyTorch's when it was written, and how fast either is, stands in `recommender.json`."""
 
 INDEX = """\
 `load_recommender("this folder", search="approximate")` looks into {n_visited:,} of {n_lists:,}
