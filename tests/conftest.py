@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from configuration import hasten_configuration
 from helpers import ROOT
+from interpreted import hasten_interpreter
 from ranks import Ranks
 
 if not torch.cuda.is_available():  # then Triton's kernels are interpreted
@@ -26,6 +27,7 @@ settings.load_profile("untimed")
 # Importing torch takes a process seconds: those forked from one that has done so begin at once.
 multiprocessing.set_forkserver_preload(["torch._dynamo", "sce_pipeline.training.fit"])
 hasten_configuration()
+hasten_interpreter()
 
 
 def pytest_collection_finish():

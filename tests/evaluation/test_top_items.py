@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sce_pipeline.evaluation import ranking
 from sce_pipeline.evaluation import top_items as top_items_module
 from sce_pipeline.evaluation.ranking import NO_ITEM
 from sce_pipeline.evaluation.top_items import find_among_all, find_top_items
@@ -30,6 +31,15 @@ def finder(way):
     from sce_pipeline.evaluation import top_groups  # noqa: PLC0415
 
     return top_groups.find_by_groups
+
+
+@pytest.fixture(autouse=True, scope="module")
+def groups_are_always_looked_through():
+    """Few groups of so small catalogues hold none of the first items."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("triton"):
+            patch.setattr("sce_pipeline.evaluation.top_groups.MOST_GROUPS", 1)
+        yield
 
 
 def draw_case(seed, n_users=40, n_items=1500, d=3, most_seen=60):
@@ -104,13 +114,16 @@ def test_the_first_items_may_be_seen_and_in_groups_of_their_own(find):
     assert_sorted(call(find, hidden, table, seen, 5), sort_all(hidden, table, seen, 5))
 
 
-def test_scores_are_not_those_of_bfloat16(find):
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**-76, 2.0**-110])
+def test_scores_are_not_those_of_bfloat16(find, scale):
     """The factors of the best are rounded down and those of the others up, all as far as may be."""
     down, up = 1 + 2**-8, 1 + 3 * 2**-8
     hidden = np.array([[down, up, 2**-3]])
     table = np.zeros((3000, 3))
     table[7] = [down, 0, 2**-3 + 2**-9]
     table[300::256] = [0, up, 0]
+    table -= np.roll(table, 1, axis=0)  # so that the mean item is 0
+    table *= scale
     rounded = call(
         find, *(torch.from_numpy(a).bfloat16().double().numpy() for a in (hidden, table)), None, 1
     )
@@ -148,6 +161,7 @@ def test_few_users_at_a_time_give_the_same(monkeypatch, find):
     hidden, table, seen = draw_case(5)
     hidden[7] = 0  # all its scores are equal, so that it is looked for in all groups
     expected = sort_all(hidden, table, seen, 10)
+    monkeypatch.setattr(ranking, "SCORES_AT_ONCE_ON_CPU", 5000)
     for at_once in (1, 5000, 2**16):
         for name in {"SCORES_AT_ONCE", "NUMBERS_AT_ONCE"} & vars(
             sys.modules[find.__module__]
@@ -176,10 +190,64 @@ def test_only_what_is_too_much_at_once_goes_by_groups(monkeypatch, scores_at_onc
     assert bool(calls) == by_groups
 
 
+@needs_triton
+@pytest.mark.parametrize(("most_groups", "by_groups"), [(1 / 8, False), (1, True)])
+def test_where_groups_are_no_help_all_scores_are_taken(monkeypatch, most_groups, by_groups):
+    calls = []
+
+    def find_all(*arguments):
+        calls.append(arguments)
+        return find_among_all(*arguments)
+
+    monkeypatch.setattr("sce_pipeline.evaluation.top_groups.MOST_GROUPS", most_groups)
+    monkeypatch.setattr("sce_pipeline.evaluation.top_groups.SCORES_AT_ONCE", 8 * 6 * 9)
+    monkeypatch.setattr("sce_pipeline.evaluation.top_groups.find_among_all", find_all)
+    case, excluded = draw_case(3), np.arange(1500) % 3 == 0
+    assert_sorted(call(finder("groups"), *case, 8, excluded), sort_all(*case, 8, excluded))
+    assert [len(states) for states, *_ in calls] == ([] if by_groups else [9, 9, 9, 9, 4])
+
+
+@needs_triton
+def test_what_all_items_have_in_common_makes_no_group_interesting():
+    from sce_pipeline.evaluation import top_groups  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(20_000, 16, generator=generator) + 30
+    states = torch.randn(10, 16, generator=generator) + 1
+    catalogue = top_groups._Catalogue.of(table.to(DEVICE), None)
+    states = states.to(DEVICE)
+    chosen = top_groups._choose_groups(catalogue, states, states.norm(dim=1), None, 5)
+    assert chosen.shape == (10, 79)
+    assert chosen.sum(dim=1).max() < 30
+
+
+@needs_triton
+@pytest.mark.parametrize("d", [1, 2, 70])
+def test_rounding_moves_no_product_further_than_is_said(d):
+    from sce_pipeline.evaluation import top_groups  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(0)
+    near = 1 + 2.0**-8 * (
+        1 - 2.0 ** -torch.arange(5, 16)
+    )  # is rounded down, nearly as far as may be
+    draws = torch.randint(len(near), (20_000 + 200, d), generator=generator)
+    table, states = near[draws].to(DEVICE).split([20_000, 200])
+    norms = table.norm(dim=1)
+    error = top_groups.rounding_error(norms, norms, d).double() * states.norm(dim=1, keepdim=True)
+    products = states.bfloat16().double() @ table.bfloat16().double().T
+    share = (products - states.double() @ table.double().T).abs() / error
+    assert 0.95 < share.max() <= 1
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, table = torch.ones(2, 3), torch.ones(4, 3)
     with pytest.raises(ValueError, match="excluded must say of 4 items whether, got 5"):
         find_top_items(hidden, table, None, 1, torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
+        find_top_items(hidden, table, None, 0)
+    for other in (torch.ones(4, 2), table.to("meta")):
+        with pytest.raises(ValueError, match=r"hidden states \[3\] on cpu do not go with item emb"):
+            find_top_items(hidden, other, None, 1)
     seen = (torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="2 hidden states need 3 offsets, got 2"):
         find_top_items(hidden, table, seen, 1)

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interpreted import hasten_interpreter
 from sce_pipeline.losses import LOSSES, Histories, Loss
 from sce_pipeline.losses.grouped import Groups
 from sce_pipeline.losses.negatives import draw_groups
 from sce_pipeline.losses.sampling import draw
-
-hasten_interpreter()
 
 SAMPLED = {"n_negatives": 5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

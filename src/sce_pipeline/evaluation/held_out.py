@@ -67,7 +67,7 @@ class UserBlocks:
         self.offsets = torch.tensor(sequences["offsets"], dtype=torch.int64)  # stay on the CPU
         self.stops = self.offsets[1:]
         self.lengths = self.offsets.diff().clamp(max=int(sequences["max_length"][0]))
-        self.tokens_at_once = tokens_at_once or TOKENS_AT_ONCE
+        self.tokens_at_once = TOKENS_AT_ONCE if tokens_at_once is None else tokens_at_once
         self.cuts = _cuts(self.lengths.numpy(), self.items.device, self.tokens_at_once)
         self.filter_seen = filter_seen
 

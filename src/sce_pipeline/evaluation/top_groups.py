@@ -16,16 +16,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sce_pipeline.evaluation.ranking import LEFT_OUT, NO_ITEM, TopItems, cut_seen, first_items
-from sce_pipeline.losses.kernels.top_groups import GROUP, group_maxima, products_of_groups
-
-SCORES_AT_ONCE = 2**27
-"""Most scores held at once, unless one user has more: 512 MiB."""
+from sce_pipeline.evaluation.top_items import SCORES_AT_ONCE, find_among_all
+from sce_pipeline.losses.kernels.group_maxima import GROUP, group_maxima, products_of_groups
 
 NUMBERS_FOR_A_GROUP = 8
-"""As many numbers of four bytes are held for a user and a group, at the most."""
+"""As many numbers of four bytes, or a few more, are held for a user and a group."""
 
 NUMBERS_AT_ONCE = 2**24
-"""Most numbers of embeddings held at once to score what users have seen: 64 MiB."""
+"""Most numbers of embeddings gathered at once to score what users have seen: three times 64 MiB."""
+
+MOST_GROUPS = 1 / 8
+"""Where more of a block's groups may hold one of the first items, they are no help."""
+
+HUGE = torch.finfo(torch.float32).max / 4
+"""From here on scores, or what is added to them, might not be finite."""
+
+LEAST_NORM = 2.0**-50
+"""Taken for all norms below it: the square of a small one would be 0 in float32."""
 
 
 @torch.no_grad()
@@ -39,22 +46,42 @@ def find_by_groups(
     """Do what ``find_top_items`` does by the groups of items in which the first may be.
 
     A user counts as one of finite scores if the product of the norms of hidden state and item
-    embedding is finite for each item, by which no score can be larger.
+    embedding, by which no score can be larger, is no huge number for any item, as computed in
+    float32. Where groups are no help, all scores of a block of users are taken.
     """
     catalogue = _Catalogue.of(item_embeddings, excluded)
     top = TopItems.none(len(hidden), k, hidden.device)
-    at_once = max(1, SCORES_AT_ONCE // (NUMBERS_FOR_A_GROUP * len(catalogue.norms)))
+    at_once = max(1, SCORES_AT_ONCE // (NUMBERS_FOR_A_GROUP * len(catalogue.error)))
     starts = range(0, len(hidden), at_once)
     left_out = cut_seen(seen, [*starts, len(hidden)], hidden.device) if seen else None
     for block, start in enumerate(starts):
         users = slice(start, start + at_once)
         states = hidden[users].float().contiguous()
-        norms = torch.linalg.vector_norm(states, dim=1)
-        top.finite[users] = (norms * catalogue.norms.amax()).isfinite()
+        norms = _norms(states)
+        top.finite[users] = norms * catalogue.largest_norm < HUGE
+        chosen = _choose_groups(catalogue, states, norms, left_out[block] if left_out else None, k)
+        counts = chosen.sum(dim=1)
+        widest, total = torch.stack([counts.amax(), counts.sum()]).tolist()  # waits for the device
+        if total > MOST_GROUPS * chosen.numel():
+            found = find_among_all(states, catalogue.table, _seen_by(seen, users), k, excluded)
+            top.items[users], top.scores[users] = found.items, found.scores
+            continue
         top.items[users], top.scores[users] = _search(
-            catalogue, states, norms, left_out[block] if left_out else None, k
+            catalogue, states, chosen, widest, left_out[block] if left_out else None, k
         )
     return top
+
+
+def _seen_by(seen: tuple[Tensor, Tensor] | None, users: slice) -> tuple[Tensor, Tensor] | None:
+    if seen is None:
+        return None
+    items, offsets = seen
+    cut = offsets[users.start : users.stop + 1]
+    return items[cut[0] : cut[-1]], cut - cut[0]
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).clamp(min=LEAST_NORM)
 
 
 @dataclass(frozen=True)
@@ -63,16 +90,23 @@ class _Catalogue:
 
     Attributes:
         table: float32 [n_items, d].
-        rounded: The same in bfloat16.
+        centre: The mean item, float32 [d]. A hidden state's product with it moves all scores of a
+            user alike.
+        rounded: The table less the mean item, whose products are smaller and so are the errors of
+            rounding them, in bfloat16.
         bias: What is added to the scores of an item: 0, or -inf where it is left out for
             everybody, as are those that fill up the last group; float32 [groups * GROUP].
-        norms: The largest norm of an item in each group, float32 [groups].
+        error: By how much the product of a hidden state of norm 1 with a row of ``rounded`` may be
+            off, the most in each group, float32 [groups].
+        largest_norm: That of the items, [].
     """
 
     table: Tensor
+    centre: Tensor
     rounded: Tensor
     bias: Tensor
-    norms: Tensor
+    error: Tensor
+    largest_norm: Tensor
 
     @classmethod
     def of(cls, item_embeddings: Tensor, excluded: Tensor | None) -> _Catalogue:
@@ -81,19 +115,25 @@ class _Catalogue:
         bias = table.new_zeros(len(table))
         if excluded is not None:
             bias.masked_fill_(excluded, LEFT_OUT)
-        norms = F.pad(torch.linalg.vector_norm(table, dim=1), (0, missing))
+        centre = table.mean(dim=0)
+        centred = table - centre
+        norms = _norms(table)
+        errors = F.pad(rounding_error(_norms(centred), norms, table.shape[1]), (0, missing))
         return cls(
             table,
-            table.bfloat16(),
+            centre,
+            centred.bfloat16(),
             F.pad(bias, (0, missing), value=LEFT_OUT),
-            norms.unflatten(0, (-1, GROUP)).amax(dim=1),
+            errors.unflatten(0, (-1, GROUP)).amax(dim=1),
+            norms.amax(),
         )
 
 
 def _search(
     catalogue: _Catalogue,
     states: Tensor,
-    norms: Tensor,
+    chosen: Tensor,
+    widest: int,
     left_out: tuple[Tensor, Tensor] | None,
     k: int,
 ) -> tuple[Tensor, Tensor]:
@@ -102,12 +142,11 @@ def _search(
     Args:
         catalogue: The items.
         states: float32 [users, d].
-        norms: Theirs, float32 [users].
+        chosen: In which groups they may be, bool [users, groups].
+        widest: Most groups of a user.
         left_out: Items to leave out: the users, counted from 0, and the items.
         k: Length of the lists.
     """
-    chosen = _choose_groups(catalogue, states, norms, left_out, k)
-    widest = int(chosen.sum(dim=1).amax())  # waits for the device
     at_once = max(1, SCORES_AT_ONCE // (max(1, widest) * GROUP))
     found = [
         _rank_groups(
@@ -137,12 +176,13 @@ def _choose_groups(
     reach, and in a group whose maximum, with its error, is below that, there is none of the first.
     """
     maxima = group_maxima(states.bfloat16(), catalogue.rounded, catalogue.bias)
-    error = catalogue.norms[:, None] * (norms * rounding_error(states.shape[1]))
+    error = catalogue.error[:, None] * norms
     reached = maxima - error
     if left_out is not None:
         users, items = left_out
         groups = items // GROUP
         scores = _score(states, catalogue.table, users, items)
+        scores -= (states * catalogue.centre).sum(dim=1)[users]
         behind = torch.where(scores >= reached[groups, users], LEFT_OUT, torch.inf)
         places = groups * len(states) + users
         reached.view(-1).scatter_reduce_(0, places, behind, "amin")
@@ -159,16 +199,20 @@ def _score(states: Tensor, table: Tensor, users: Tensor, items: Tensor) -> Tenso
     return torch.cat([(states[user] * table[item]).sum(dim=1) for user, item in parts])
 
 
-def rounding_error(d: int) -> float:
-    """Return by how much a product may differ from that of the factors in bfloat16.
+def rounding_error(centred_norms: Tensor, norms: Tensor, d: int) -> Tensor:
+    """Return by how much products with states of norm 1 may be off, float32 [rows].
 
-    Rounding changes each factor by a share of up to 2^-8, and the sum of d products in float32, of
-    which some hardware keeps a bit or two less, is off by less than 2^-21 for each of them.
+    Rounding to bfloat16 changes each factor by a share of up to 2^-8. A sum of d products in
+    float32, of which some hardware keeps a bit or two less, is off by less than 2^-21 for each of
+    them; that holds for the scores with which the maxima are compared, and for the mean item, too.
+    The sum of the absolute products is at most the product of the norms.
 
-    Returns:
-        A share of the product of the norms, of which the sum of the absolute products is no more.
+    Args:
+        centred_norms: Norms of the rows that are rounded, [rows].
+        norms: Norms of the items, [rows].
+        d: Columns of the table.
     """
-    return 2**-7 + 2**-16 + d * 2**-21
+    return centred_norms * (2**-7 + 2**-16) + (centred_norms + 3 * norms) * (d * 2**-21)
 
 
 def _rank_groups(

@@ -16,8 +16,8 @@ from sce_pipeline.evaluation.ranking import (
 from sce_pipeline.losses.implementation import takes_triton
 
 SCORES_AT_ONCE = 2**27
-"""Most scores held at once on a GPU: 512 MiB. More are looked through by groups of items, which is
-quicker, but for a millisecond that the host takes to launch what it needs."""
+"""Most scores held at once on a GPU, unless one user has more: 512 MiB. What is more is looked
+through by groups of items; for less, launching what that takes is the longer part."""
 
 
 @torch.no_grad()
@@ -30,8 +30,10 @@ def find_top_items(
 ) -> TopItems:
     """Find the first items of some users, in the order of ``rank_block``.
 
-    Scores are products in float32, and no more than ``SCORES_AT_ONCE`` of them exist at once. The
-    device is waited for a few times.
+    Scores are products in float32. No more than ``SCORES_AT_ONCE`` of them exist at once, unless
+    one user has more. On a GPU, which way they are found, and so the last bits of a score, may
+    depend on the number of users; by groups, a copy of the table in bfloat16 is made. The device is
+    waited for a few times.
 
     Args:
         hidden: A state for each user, [users, d].
@@ -41,10 +43,17 @@ def find_top_items(
         excluded: Which items to leave out for everybody, bool [n_items]; None leaves out nothing.
 
     Raises:
-        ValueError: The shapes do not fit together.
+        ValueError: The shapes or devices do not fit together, or k is less than 1.
     """
     n_items = len(item_embeddings)
     check_sizes(len(hidden), n_items, seen, None)
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+    if hidden.shape[1] != item_embeddings.shape[1] or hidden.device != item_embeddings.device:
+        raise ValueError(
+            f"hidden states [{hidden.shape[1]}] on {hidden.device} do not go with item embeddings "
+            f"[{item_embeddings.shape[1]}] on {item_embeddings.device}"
+        )
     if excluded is not None and len(excluded) != n_items:
         raise ValueError(f"excluded must say of {n_items} items whether, got {len(excluded)}")
     kernels = takes_triton("auto", hidden, item_embeddings, deterministic=True)

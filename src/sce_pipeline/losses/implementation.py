@@ -12,7 +12,7 @@ from torch import Tensor
 from sce_pipeline.losses.base import autocast_dtype
 
 Implementation = Literal["auto", "torch", "triton"]
-"""As the parameters have it, from which whoever only serves a model imports nothing."""
+"""The same as in ``parameters``, which serving a model does not import."""
 
 MAX_SIZE = 512
 """Largest d of hidden states and item embeddings that the kernels take."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
-from sce_pipeline.evaluation.ranking import NO_ITEM
-from sce_pipeline.evaluation.top_items import TopItems, find_top_items
+from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems
+from sce_pipeline.evaluation.top_items import find_top_items
 from sce_pipeline.models import Backbone
 from sce_pipeline.recommendation.item_index import ItemIndex
 from sce_pipeline.recommendation.near_top_items import Seen, find_near_top_items

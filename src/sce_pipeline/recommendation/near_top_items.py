@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sce_pipeline.evaluation.ranking import NO_ITEM
-from sce_pipeline.evaluation.top_items import TopItems, find_top_items
+from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems
+from sce_pipeline.evaluation.top_items import find_top_items
 from sce_pipeline.recommendation.item_index import ItemIndex
 
 MOST_FETCHED = 2048

@@ -117,7 +117,8 @@ def write_encoder(model: Backbone, file: Path) -> None:
 def measure_encoder(model: Backbone, file: Path) -> dict[str, Any]:
     """Compare what the file of a model's encoder gives with what the model gives, and time both.
 
-    The histories are of random items and lengths; what is timed is one of the greatest length.
+    The model is on the CPU. The histories are of random items and lengths; what is timed is one of
+    the greatest length.
 
     Returns:
         ``n_histories``, their ``largest_difference`` as a share of the largest number of a hidden
@@ -131,7 +132,7 @@ def measure_encoder(model: Backbone, file: Path) -> dict[str, Any]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     model = model.eval()
 
     def encode(histories: list[np.ndarray]) -> np.ndarray:
@@ -149,10 +150,8 @@ def measure_encoder(model: Backbone, file: Path) -> dict[str, Any]:
         return hidden
 
     generator = np.random.default_rng(0)
-    n_items, lengths = (
-        len(model.item_embeddings),
-        generator.integers(model.max_length, size=N_HISTORIES),
-    )
+    n_items = len(model.item_embeddings)
+    lengths = generator.integers(model.max_length, size=N_HISTORIES)
     histories = [generator.integers(n_items, size=length + 1) for length in lengths]
     expected = encode(histories)
     difference = float(np.abs(run(histories) - expected).max() / np.abs(expected).max())

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sce_pipeline.evaluation.held_out import UserBlock, UserBlocks
-from sce_pipeline.evaluation.ranking import NO_ITEM
-from sce_pipeline.evaluation.top_items import TopItems, find_top_items
+from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems
+from sce_pipeline.evaluation.top_items import find_top_items
 from sce_pipeline.models import Backbone
 from sce_pipeline.recommendation.item_index import ItemIndex
 from sce_pipeline.recommendation.near_top_items import find_near_top_items
@@ -52,7 +52,7 @@ class Recommender:
         """List the k best items for each of some histories.
 
         Items are ordered by score and equal scores by number. The histories are encoded and ranked
-        in blocks, as held-out users are; the device is waited for once a block.
+        in blocks, as held-out users are; the device is waited for a few times a block.
 
         Args:
             items: The items of all histories end to end, each in order of time, integers [rows].

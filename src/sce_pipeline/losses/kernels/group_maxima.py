@@ -81,8 +81,7 @@ def products_of_groups(
         states: Floating [n, d], contiguous.
         table: Floating [rows, d], contiguous.
         bias: float32 [groups * GROUP].
-        pairs: The groups and the states, both int64 [pairs]. The rows of a group are read once for
-            all states that follow each other.
+        pairs: The groups and the states, both int64 [pairs].
         slots: Where each pair's products go, int64 [pairs].
         products: float32 [slots, GROUP], contiguous.
     """

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sce_pipeline.losses.kernels import top_groups
-from sce_pipeline.losses.kernels.top_groups import GROUP, group_maxima, products_of_groups
+from sce_pipeline.losses.kernels import group_maxima as kernels
+from sce_pipeline.losses.kernels.group_maxima import GROUP, group_maxima, products_of_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,7 +38,7 @@ def test_a_program_goes_through_its_groups_and_no_others(monkeypatch):
     states, table = states.bfloat16(), table.bfloat16()
     expected = group_maxima(states, table, bias)
     for programs in (1, 2, 5):
-        monkeypatch.setattr(top_groups, "PROGRAMS", programs)
+        monkeypatch.setattr(kernels, "PROGRAMS", programs)
         assert torch.equal(group_maxima(states, table, bias), expected)
 
 
