@@ -148,6 +148,15 @@ def test_real_numbers_are_scored_in_float32(find):
     np.testing.assert_allclose(top.scores.cpu().numpy(), scores, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_seen_has_the_largest_scores_of_items_that_have_much_in_common(find):
+    generator = np.random.default_rng(0)
+    hidden, table = generator.normal(size=(20, 8)), generator.normal(size=(6000, 8)) + 20
+    best, _ = sort_all(hidden, table, None, 30)
+    seen = best.flatten(), np.arange(21) * 30
+    top = call(find, hidden, table, seen, 5)
+    np.testing.assert_array_equal(top.items.cpu().numpy(), sort_all(hidden, table, seen, 5)[0])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
 def test_users_without_finite_scores_are_told(find, value):
     hidden, table, seen = draw_case(0, n_users=3)
