@@ -9,7 +9,8 @@ The log is that of the pipeline synthetic, each user's last item the test target
 it the validation target; all rankings are of the whole catalogue. What a model reaches is told as a
 share of the best NDCG@10 from the history, which a ranker has that knows what is planted. A loss
 may be given other values: rece:n_rounds=64,n_extra_chunks=8. Seconds are of training alone: the
-median of the epochs, and all until the best one. What fails is told, and the rest goes on.
+median of the epochs, and all until the best one. Alike is the mean cosine of the hidden states of
+any two test users: near 1, the model tells nobody apart. What fails is told, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ import torch
 from planted_log import Arrays, draw_sequences, plant
 from presets import read_loss, read_presets
 
+from sce_pipeline.evaluation.held_out import UserBlocks
 from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model
-from sce_pipeline.models import MODELS, load_model
+from sce_pipeline.models import MODELS, Backbone, load_model
 from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.synthetic.protocols import measure_best
 from sce_pipeline.training.fit import fit
@@ -61,12 +63,14 @@ def train(
         weights, history = fit(log, validation, Path(folder) / "run", parameters, True)
     memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0
     model = load_model(parameters.model, weights, int(log["max_length"][0]))
-    rankings = rank_with_model(model.cuda() if on_gpu else model, test, 10, True)
+    model = model.cuda() if on_gpu else model
+    rankings = rank_with_model(model, test, 10, True)
     counts = np.bincount(log["items"], minlength=int(log["n_items"][0])).astype(np.int32)
     popularity = {"users": counts, "n_users": np.array([len(log["users"])])}
     seconds = [epoch["training_seconds"] for epoch in history["epochs"]]
     return {
         "ndcg@10": measure(rankings, popularity, **settings)["ndcg@10"]["value"],
+        "alike": mean_cosine(model, test),
         "epoch_seconds": statistics.median(seconds),
         "best_epoch": history["best_epoch"],
         "seconds_to_best": sum(seconds[: history["best_epoch"]]),
@@ -75,9 +79,17 @@ def train(
     }
 
 
+@torch.inference_mode()
+def mean_cosine(model: Backbone, test: Arrays) -> float:
+    """Return the mean cosine of the hidden states of any two users, or of one with itself."""
+    blocks = UserBlocks(test, filter_seen=False).to(model.item_embeddings.device)
+    hidden = [model.encode_last(model.embed(block.items), block.packing) for block in blocks]
+    return torch.nn.functional.normalize(torch.cat(hidden), dim=1).mean(dim=0).square().sum().item()
+
+
 HEADER = (
     "model     loss                              NDCG@10  of the best  epoch s  best epoch"
-    "  s to it  MB allocated"
+    "  s to it  MB allocated  alike"
 )
 
 
@@ -89,7 +101,7 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{name}  {row['ndcg@10']:7.4f}  {row['ndcg@10'] / row['best_ndcg@10']:11.1%}"
         f"  {row['epoch_seconds']:7.2f}  {row['best_epoch']:10}  {row['seconds_to_best']:7.1f}"
-        f"  {row['peak_mb']:12,.0f}"
+        f"  {row['peak_mb']:12,.0f}  {row['alike']:5.2f}"
     )
 
 

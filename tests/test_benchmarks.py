@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from helpers import ROOT
 from sce_pipeline.synthetic.histories import draw_histories
@@ -164,12 +165,38 @@ def test_losses_at_scale_are_trained_with_each_backbone_and_put_on_record(
         assert row["failed"] == "RuntimeError: the GPU's memory does not suffice"
     for row, history in zip(found[1::2], histories, strict=True):
         assert 0 <= row["ndcg@10"] <= 1
+        assert 0 <= row["alike"] <= 1 + 1e-6
         assert row["best_epoch"] == history["best_epoch"]
         until = [
             e["training_seconds"] for e in history["epochs"] if e["epoch"] <= row["best_epoch"]
         ]
         assert row["seconds_to_best"] == pytest.approx(sum(until))
     assert capsys.readouterr().out.count("n_buckets=4") == 3
+
+
+def test_what_losses_keep_is_told_after_each_number_of_epochs(
+    benchmark_module, monkeypatch, tmp_path, capsys
+):
+    kept_mass, planted_log = benchmark_module("kept_mass"), benchmark_module("planted_log")
+    sizes = {"items": 200, "users": 40, "clusters": 4, "history": 8, "seed": 1, "test_users": 20}
+    world = planted_log.plant(argparse.Namespace(**sizes))
+    folder = tmp_path / "data/05_model_input/amazon_beauty"
+    folder.mkdir(parents=True)
+    names = ("train", "validation", "test")
+    for name, arrays in zip(names, planted_log.draw_sequences(world, 20, 8), strict=True):
+        save_file(arrays, folder / f"{name}_sequences.safetensors")
+    monkeypatch.setattr(kept_mass, "ROOT", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = ["kept_mass.py", "--epochs", "1", "2", "--losses", "sce:bucket_size_y=20", "ce"]
+    monkeypatch.setattr("sys.argv", [*command, "--windows", "8"])
+    kept_mass.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shares = [row[1:] for row in rows if row[:1] in (["sce:bucket_size_y=20"], ["ce"])]
+    assert shares[1] == shares[3] == [*["100.0%"] * 4, "1.000", "1.000"]
+    for tokens, items, mass, pooled, *_ in (shares[0], shares[2]):
+        kept, pool = float(mass.rstrip("%")), float(pooled.rstrip("%"))
+        assert 0 < kept <= pool < 100
+        assert all(0 < float(share.rstrip("%")) <= 100 for share in (tokens, items))
 
 
 def test_recommendations_are_timed_by_parts_until_time_is_over(
