@@ -59,7 +59,7 @@ ENCODER = """\
 [histories, longest], each history followed by any items, and `lengths`, int64 [histories]: give it
 at most the last {max_length} items of a history and at least one. Item i is the i-th of
 `items.safetensors`, where `ids_stops` says at which byte of `ids` each id ends. How near its states
-came to PyTorch's when it was written, and how fast either is, stands in `recommender.json`."""
+came to PyTorch's when it was written, and how fast either is, stand in `recommender.json`."""
 
 INDEX = """\
 `load_recommender("this folder", search="approximate")` looks into {n_visited:,} of {n_lists:,}
