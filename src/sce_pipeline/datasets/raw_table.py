@@ -18,6 +18,7 @@ from polars.io.plugins import register_io_source
 
 from sce_pipeline.datasets.csv_faults import LONGEST_RECORD, find_fault, find_header_fault, open_log
 from sce_pipeline.datasets.gzip_bombs import find_long_record
+from sce_pipeline.datasets.parquet_bombs import find_bomb
 from sce_pipeline.interactions.columns import ROW
 
 _MARKS = {
@@ -141,7 +142,7 @@ def _require_file(file: Path) -> None:
 def _scan(file: Path) -> pl.LazyFrame:
     """Begin to read a file, lazily; an error names it whenever it comes up."""
     with _naming(file):
-        table = pl.scan_parquet(file, glob=False) if file.suffix == ".parquet" else _scan_csv(file)
+        table = _scan_parquet(file) if file.suffix == ".parquet" else _scan_csv(file)
         columns = ", ".join(table.collect_schema())
         if ROW in table.collect_schema():
             raise DatasetError(f"{file}: rename its column {ROW!r}, here the name of row numbers")
@@ -168,6 +169,15 @@ def _scan(file: Path) -> pl.LazyFrame:
         is_whole = is_whole or n_rows is None
 
     return register_io_source(read, schema=schema, is_pure=True)
+
+
+def _scan_parquet(file: Path) -> pl.LazyFrame:
+    if bomb := find_bomb(file):
+        raise DatasetError(
+            f"{file} would fill the memory: {bomb}. If that is right, write it with smaller row "
+            "groups and without the long values"
+        )
+    return pl.scan_parquet(file, glob=False)
 
 
 def _scan_csv(file: Path) -> pl.LazyFrame:
