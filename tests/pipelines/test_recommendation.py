@@ -45,6 +45,13 @@ def read_report(project):
     return json.loads(files[-1].read_text())
 
 
+def users_without_lists(project):
+    files = project.versions(
+        "07_model_output", "walk", "ce", "users_without_recommendations.parquet"
+    )
+    return pl.read_parquet(files[-1])["user"].to_list()
+
+
 def histories_of_log():
     histories = {}
     for user, item, _ in sorted(LOG, key=lambda row: row[2]):
@@ -115,10 +122,7 @@ def test_every_user_of_the_log_gets_the_best_items_by_brute_force(project):
 
 def test_who_gets_none_is_listed_and_what_is_unknown_is_counted(project, caplog):
     _, report = recommend(project)
-    (file,) = project.versions(
-        "07_model_output", "walk", "ce", "users_without_recommendations.parquet"
-    )
-    assert pl.read_parquet(file)["user"].to_list() == ["stranger"]
+    assert users_without_lists(project) == ["stranger"]
     assert report["histories"]["unknown_items"] == {"items": 1, "rows": 3, "examples": ["rare"]}
     assert report["histories"]["users_without_known_items"] == 1
     assert "1 users have no known item and get no recommendations" in caplog.text
@@ -173,10 +177,15 @@ def test_new_histories_are_served_without_training(project):
 
 def test_rows_of_histories_that_cannot_be_used_are_told(project, caplog):
     rows = "a,i5,1500000000\n,i1,1500000000\na,i7,soon\nb,i1,1500000000\nc,i2,later\n"
+    rows += "z,unheard of,1500000000\n"
     histories = project.path("01_raw", "walk", "histories.csv")
     histories.write_text(f"userid,itemid,timestamp\n{rows}")
-    found, _ = recommend(project, histories="file", k=6)
+    found, report = recommend(project, histories="file", k=6)
     check_lists(project, found, {"a": ["i5"], "b": ["i1"]}, k=6)
+    assert users_without_lists(project) == ["c", "z"]
+    assert report["histories"]["users_without_known_items"] == 1
+    assert report["histories"]["users_without_usable_rows"] == 1
+    assert "get no recommendations, nor do 1 of whom no row can be used" in caplog.text
     assert "Histories lack 1 rows with missing user, the first of them data row 2" in caplog.text
     assert "Histories lack 2 rows with unparseable timestamp, the first of them" in caplog.text
 

@@ -117,12 +117,14 @@ def collect_histories(
     """Lay out the whole histories of all users that are asked for.
 
     Returns:
-        The histories of those with a known item, and the ids (user) of the others.
+        The histories of those with a known item, and the ids (user) of the others, among them
+        users of a file of whom no row can be used.
 
     Raises:
         InteractionsError: There is no file to read, or it cannot be used.
     """
     source, reading = nw.from_native(interactions), Report()
+    without_rows: list[str] = []
     if recommendation.histories == "file":
         if new_histories is None:
             raise InteractionsError(
@@ -131,6 +133,8 @@ def collect_histories(
             )
         table = nw.from_native(new_histories)
         source, reading = whole.read_histories(table, data_processing.columns)
+        if reading["dropped"]:  # spare a file without such rows the pass
+            without_rows = whole.find_users_without_rows(table, source, data_processing.columns)
         logger.info("Histories are in the order of %s", reading["order"])
         for reason, loss in reading["dropped"].items():
             logger.warning(
@@ -140,13 +144,19 @@ def collect_histories(
                 f"{loss['first_data_row']:,}",
             )
     arrays, users, report = whole.collect_histories(source, nw.from_native(items).lazy())
-    report = {"source": recommendation.histories, "reading": reading, **report}
+    report = {
+        "source": recommendation.histories,
+        "reading": reading,
+        **report,
+        "users_without_usable_rows": len(without_rows),
+    }
     _tell_unknown(report)
     offsets = arrays["offsets"]
     served = np.diff(offsets) > 0
     ids = pl.Series("user", users, dtype=pl.String)
     histories = Histories(ids.filter(served), arrays["items"], np.unique(offsets), report)
-    return histories, ids.filter(~served).to_frame()
+    unserved = ids.filter(~served).append(pl.Series(without_rows, dtype=pl.String))
+    return histories, unserved.sort().to_frame()
 
 
 def describe_request(
@@ -281,14 +291,15 @@ def _describe_unknown(ids: list[str]) -> Report:
 
 
 def _tell_unknown(report: Report) -> None:
-    unknown = report["unknown_items"]
+    unknown, lost = report["unknown_items"], report["users_without_usable_rows"]
     logger.info(
         "Histories of %s users with %s rows; %s rows are of %s items that the catalogue does not "
-        "have%s; %s users have no known item and get no recommendations",
+        "have%s; %s users have no known item and get no recommendations%s",
         f"{report['users']:,}",
         f"{report['rows']:,}",
         f"{unknown['rows']:,}",
         f"{unknown['items']:,}",
         f" (most often {', '.join(unknown['examples'])})" if unknown["items"] else "",
         f"{report['users_without_known_items']:,}",
+        f", nor do {lost:,} of whom no row can be used" if lost else "",
     )
