@@ -175,6 +175,28 @@ def test_new_histories_are_served_without_training(project):
     assert by_log["user"].n_unique() == 31
 
 
+@pytest.mark.parametrize(("n_strangers", "is_warned_of"), [(1, False), (2, True)])
+def test_a_file_of_histories_with_many_users_of_unknown_items_is_warned_of(
+    project, caplog, n_strangers, is_warned_of
+):
+    rows = [f"u{number},i{number}\n" for number in range(10 - n_strangers)]
+    rows += [f"x{n_strangers},{item}\n" for item in ("3.0", "1.0", "2.0", "4.0")]
+    rows += ["y,3.0\n"] * (n_strangers - 1)
+    file = project.path("01_raw", "walk", "histories.csv")
+    file.write_text("".join(["userid,itemid\n", *rows]))
+    found, _ = recommend(project, histories="file", k=2)
+    assert found["user"].n_unique() == 10 - n_strangers
+    ids = pl.read_parquet(project.path("05_model_input", "walk", "items.parquet"))
+    known = ", ".join(repr(item) for item in ids.sort("item")["itemid"][:3])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = (
+        "2 of 10 users of the file of histories have no item that the model knows: ids of items "
+        f"in the file are '3.0', '1.0', '2.0', those of the catalogue {known}"
+    )
+    assert (expected in warned) == is_warned_of
+    assert any("users of the file of histories" in message for message in warned) == is_warned_of
+
+
 def test_rows_of_histories_that_cannot_be_used_are_told(project, caplog):
     rows = "a,i5,1500000000\n,i1,1500000000\na,i7,soon\nb,i1,1500000000\nc,i2,later\n"
     rows += "z,unheard of,1500000000\n"

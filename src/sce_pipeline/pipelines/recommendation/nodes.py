@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 N_EXAMPLES = 10
 """Unknown ids of a list that are named."""
 
+WORTH_A_WARNING = 0.1
+"""Share of a file's users without a known item from which on its ids are likelier others."""
+
+N_COMPARED = 3
+"""Ids of the file and of the catalogue that such a warning puts side by side."""
+
 
 @dataclass(frozen=True)
 class SavedRecommender:
@@ -151,6 +157,8 @@ def collect_histories(
         "users_without_usable_rows": len(without_rows),
     }
     _tell_unknown(report)
+    if recommendation.histories == "file":
+        _warn_of_strangers(report, items)
     offsets = arrays["offsets"]
     served = np.diff(offsets) > 0
     ids = pl.Series("user", users, dtype=pl.String)
@@ -303,3 +311,22 @@ def _tell_unknown(report: Report) -> None:
         f"{report['users_without_known_items']:,}",
         f", nor do {lost:,} of whom no row can be used" if lost else "",
     )
+
+
+def _warn_of_strangers(report: Report, items: pl.DataFrame) -> None:
+    """Warn if so many users of a file have no known item that its ids may be written otherwise."""
+    users, strangers = report["users"], report["users_without_known_items"]
+    if strangers <= WORTH_A_WARNING * users:
+        return
+    logger.warning(
+        "%s of %s users of the file of histories have no item that the model knows: ids of items "
+        "in the file are %s, those of the catalogue %s",
+        f"{strangers:,}",
+        f"{users:,}",
+        _quote(report["unknown_items"]["examples"]),
+        _quote(items.sort("item")["itemid"].to_list()),
+    )
+
+
+def _quote(ids: list[str]) -> str:
+    return ", ".join(repr(each) for each in ids[:N_COMPARED])
