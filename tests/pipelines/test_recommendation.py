@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from kedro.framework.session import KedroSession
+from kedro.io import DatasetError
 from safetensors.torch import load_file
 from trained_projects import LOG, TITLES, rename_an_item
 
@@ -157,6 +158,21 @@ def test_lists_of_items_come_from_parameters_and_files(project, caplog):
     assert "1 ids of the items to allow are not in the catalogue" in caplog.text
     with pytest.raises(ValueError, match="nothing is left to recommend: of 20 items the lists"):
         recommend(project, deny=["i1", "i2"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_list_of_no_items_denies_none_but_cannot_allow_any(project, suffix):
+    def write_empty(name):
+        file = project.path("01_raw", "walk") / f"{name}.{suffix}"
+        empty = pl.DataFrame({"itemid": []})  # without a type, as pandas leaves it
+        empty.write_csv(file) if suffix == "csv" else empty.write_parquet(file)
+
+    write_empty("denied_items")
+    _, report = recommend(project, deny=["i7"])
+    assert report["candidates"]["candidates"] == 19
+    write_empty("allowed_items")
+    with pytest.raises(DatasetError, match=r"allowed_items\.\w+ has columns but no rows: itemid"):
+        recommend(project)
 
 
 def test_new_histories_are_served_without_training(project):
