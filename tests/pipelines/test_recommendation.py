@@ -292,6 +292,13 @@ def test_weights_without_their_history_are_refused(project):
         recommend(project)
 
 
+@pytest.mark.parametrize("pipeline", ["recommendation", "export", "evaluation"])
+def test_what_needs_a_model_that_is_not_trained_names_those_that_are(project, pipeline):
+    message = r"with the loss sce: .*model_weights.* Losses with weights on walk: ce\. .*loss=sce"
+    with pytest.raises(FileNotFoundError, match=message):
+        project.run(pipelines=[pipeline], **{**SMALL_RUN, "loss": "sce"})
+
+
 def test_weights_of_another_catalogue_are_refused(project):
     with (project.path("01_raw", "walk") / "interactions.csv").open("a") as log:
         log.writelines(f"u{user},i99,1600000000\n" for user in range(8))
