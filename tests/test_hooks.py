@@ -160,6 +160,25 @@ def test_weights_without_their_history_are_refused_before_any_node(tmp_path):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("trained", "listed"), [([], "none"), (["sce", "cce", "baselines"], "cce, sce")]
+)
+def test_missing_weights_are_told_with_those_there_are_and_the_command(tmp_path, trained, listed):
+    for loss in trained:
+        name = "training_history" if loss == "baselines" else "model_weights"
+        for version in (EARLIER, LATER):
+            save_models(tmp_path / "a_log" / loss, version, [name])
+    with pytest.raises(FileNotFoundError) as error:
+        run_with_hooks(make_models(tmp_path / "a_log" / "ce"), DESCRIBE)
+    for part in (
+        "no model is trained on the data set a_log with the loss ce",
+        str(tmp_path / "a_log" / "ce" / "model_weights.json"),
+        f"Losses with weights on a_log: {listed}.",
+        "kedro run --pipelines data_processing,training --params dataset=a_log,loss=ce",
+    ):
+        assert part in str(error.value)
+
+
 def test_a_history_of_other_weights_is_refused(tmp_path):
     for version in (EARLIER, LATER):
         save_models(tmp_path, version)

@@ -7,13 +7,14 @@ import shutil
 import sys
 import threading
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from kedro.config import AbstractConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import AbstractVersionedDataset, CatalogProtocol, Version
+from kedro.io.core import VersionNotFoundError
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from rich import get_console
@@ -132,7 +133,8 @@ class VersionHooks:
         """Fix the version of everything that the run saves, for its nodes and whoever asks it.
 
         Raises:
-            FileNotFoundError: There is no training history of the weights that would be loaded.
+            FileNotFoundError: There are no weights, or there is no training history of those that
+                would be loaded.
             ValueError: A training history of another version than theirs is asked for.
         """
         for name in pipeline.all_outputs():
@@ -146,7 +148,11 @@ class VersionHooks:
 
 def _join_versions(weights: Any, history: Any) -> None:
     """Let the training history load in the version of the weights, which is settled by this."""
-    version, asked = weights.resolve_load_version(), history._version.load
+    try:
+        version = weights.resolve_load_version()
+    except VersionNotFoundError as error:
+        raise FileNotFoundError(_describe_absence(weights)) from error
+    asked = history._version.load
     if asked not in (None, version):
         raise ValueError(
             f"training_history is asked for in the version {asked}, but model_weights load in "
@@ -159,6 +165,20 @@ def _join_versions(weights: Any, history: Any) -> None:
             f"not known: put {history._get_load_path()} back, or name other weights with "
             "--load-versions model_weights:<version>"
         )
+
+
+def _describe_absence(weights: Any) -> str:
+    """Say which model is not trained, which are and how to, by the folders of the weights."""
+    file = weights._filepath
+    loss, dataset = file.parent.name, file.parent.parent.name
+    versions = weights._glob_function(str(file.parent.parent / "*" / file.name / "*" / file.name))
+    trained = sorted({PurePath(version).parts[-4] for version in versions})
+    return (
+        f"no model is trained on the data set {dataset} with the loss {loss}: there are no weights "
+        f"in {file}. Losses with weights on {dataset}: {', '.join(trained) or 'none'}. This one is "
+        "trained with: kedro run --pipelines data_processing,training --params "
+        f"dataset={dataset},loss={loss}"
+    )
 
 
 class CheckpointHooks:

@@ -299,6 +299,13 @@ def test_a_column_without_meaning_is_refused(column, values):
         clean(**{column: values})
 
 
+@pytest.mark.parametrize("column", ["who", "what", "when"])
+def test_a_column_without_type_or_value_is_said_to_have_no_value(column):
+    message = f"^The log: column '{column}' has no value at all; is another column meant"
+    with pytest.raises(InteractionsError, match=message):
+        clean(**{column: [None, None]})
+
+
 def test_an_unusable_log_shows_its_first_bad_value():
     message = (
         r"None of the 3 rows .* 2 with missing user \(column 'who', first in data row 2\); "

@@ -8,7 +8,11 @@ from hypothesis import given
 from interaction_logs import interactions, small_logs
 
 from sce_pipeline.interactions.errors import InteractionsError
-from sce_pipeline.interactions.histories import collect_histories, read_histories
+from sce_pipeline.interactions.histories import (
+    collect_histories,
+    find_users_without_rows,
+    read_histories,
+)
 from sce_pipeline.parameters import Columns
 
 COLUMNS = Columns(user="who", item="what", timestamp="when")
@@ -105,6 +109,16 @@ def test_with_timestamps_it_is_theirs_and_rows_that_cannot_be_used_are_counted()
     assert report["dropped"] == {"missing item": {"rows": 1, "first_data_row": 3}}
     histories, users, _ = collect(read)
     assert spell_out(histories, users) == {"7": [0, 3, 2]}
+
+
+def test_users_are_without_rows_if_none_of_theirs_can_be_used():
+    frame = table(
+        who=[7.0, 9.0, 8.0, 7.0, None, 10.0, 9.0, 8.5],
+        what=["4", "0", None, None, "9", "4", "2", ""],
+        when=["1", "soon", "2", "3", "4", "5", None, "6"],
+    )
+    read, _ = read_histories(frame, COLUMNS)
+    assert find_users_without_rows(frame, read, COLUMNS) == ["8", "8.5", "9"]
 
 
 def test_errors_are_about_the_table_of_histories():

@@ -141,6 +141,9 @@ def test_a_log_goes_from_file_to_sequences(tmp_path, caplog):
         "Kept 7 rows, 2 users, 4 items of a raw log of 9 rows, 2 users, 4 items; dropped 1 rows "
         "(missing user), 1 rows (unparseable timestamp); timestamps read as dates, from "
         "2014-07-18T00:00:00 to 2014-07-21T00:00:00",
+        "22.2% of the rows of the log cannot be used, mostly with missing user (1), unparseable "
+        "timestamp (1): all 2 of them are in rejected_interactions.parquet, in the data set's "
+        "folder of data/02_intermediate",
         "Kept 7 rows, 2 users, 4 items after filtering (passes: 1)",
         "Train on 3 rows, 2 users, 2 items; 2 validation and 2 test users, 1 and 2 of them with a "
         "target unseen in training",
@@ -171,8 +174,9 @@ def test_rows_that_cannot_be_used_are_set_aside_until_the_log_has_none(tmp_path)
 
 def test_a_future_and_doubtful_values_are_warned_of(tmp_path, caplog):
     (tmp_path / "raw").mkdir()
+    usable = LOG.replace(b",a,2014-07-22\n", b"").replace(b"30,c,tomorrow\n", b"")
     (tmp_path / "raw/interactions.csv").write_bytes(
-        LOG + b"nan,a,2014-07-18\n 7,a,2014-07-18\n7,a,0\n7,a,2999-01-01\n"
+        usable + b"nan,a,2014-07-18\n 7,a,2014-07-18\n7,a,0\n7,a,2999-01-01\n"
     )
     with caplog.at_level(logging.WARNING, logger="sce_pipeline"):
         run(tmp_path)
@@ -183,6 +187,24 @@ def test_a_future_and_doubtful_values_are_warned_of(tmp_path, caplog):
         "Kept 1 rows with a doubtful value: id that says it is missing",
         "Kept 1 rows with a doubtful value: timestamp of exactly 0",
     ]
+
+
+def test_a_log_of_which_more_than_a_hundredth_is_set_aside_is_warned_of(tmp_path, caplog):
+    (tmp_path / "raw").mkdir()
+    usable = [f"{row % 50},{row // 50},{1_400_000_000 + row}" for row in range(198)]
+    unusable = [",x,5", "1,,5", "1,x,soon", "2,x,", "2,x,later", "3,x,then", "4,,5"]
+    for n_unusable in (2, 7):
+        rows = ["userid,itemid,timestamp", *usable, *unusable[:n_unusable]]
+        (tmp_path / "raw/interactions.csv").write_text("\n".join(rows) + "\n")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="sce_pipeline"):
+            run(tmp_path)
+        warned = [record.getMessage() for record in caplog.records]
+        assert len(warned) == (n_unusable == 7)
+    assert warned[0].startswith(
+        "3.4% of the rows of the log cannot be used, mostly with unparseable timestamp (3), "
+        "missing item (2), missing timestamp (1): all 7 of them are in "
+    )
 
 
 def test_a_log_without_titles_is_processed_too(tmp_path):

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from kedro.framework.session import KedroSession
+from kedro.io import DatasetError
 from safetensors.torch import load_file
 from trained_projects import LOG, TITLES, rename_an_item
 
@@ -43,6 +44,13 @@ def recommend(project, **recommendation):
 def read_report(project):
     files = project.versions("08_reporting", "walk", "ce", "recommendation_report.json")
     return json.loads(files[-1].read_text())
+
+
+def users_without_lists(project):
+    files = project.versions(
+        "07_model_output", "walk", "ce", "users_without_recommendations.parquet"
+    )
+    return pl.read_parquet(files[-1])["user"].to_list()
 
 
 def histories_of_log():
@@ -115,10 +123,7 @@ def test_every_user_of_the_log_gets_the_best_items_by_brute_force(project):
 
 def test_who_gets_none_is_listed_and_what_is_unknown_is_counted(project, caplog):
     _, report = recommend(project)
-    (file,) = project.versions(
-        "07_model_output", "walk", "ce", "users_without_recommendations.parquet"
-    )
-    assert pl.read_parquet(file)["user"].to_list() == ["stranger"]
+    assert users_without_lists(project) == ["stranger"]
     assert report["histories"]["unknown_items"] == {"items": 1, "rows": 3, "examples": ["rare"]}
     assert report["histories"]["users_without_known_items"] == 1
     assert "1 users have no known item and get no recommendations" in caplog.text
@@ -155,6 +160,21 @@ def test_lists_of_items_come_from_parameters_and_files(project, caplog):
         recommend(project, deny=["i1", "i2"])
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_list_of_no_items_denies_none_but_cannot_allow_any(project, suffix):
+    def write_empty(name):
+        file = project.path("01_raw", "walk") / f"{name}.{suffix}"
+        empty = pl.DataFrame({"itemid": []})  # without a type, as pandas leaves it
+        empty.write_csv(file) if suffix == "csv" else empty.write_parquet(file)
+
+    write_empty("denied_items")
+    _, report = recommend(project, deny=["i7"])
+    assert report["candidates"]["candidates"] == 19
+    write_empty("allowed_items")
+    with pytest.raises(DatasetError, match=r"allowed_items\.\w+ has columns but no rows: itemid"):
+        recommend(project)
+
+
 def test_new_histories_are_served_without_training(project):
     rows = [("a", "i5"), ("b", "i1"), ("a", "i7"), ("c", "what"), ("b", "what"), ("a", "i5")]
     text = "\n".join(f"{user},{item}" for user, item in [("userid", "itemid"), *rows])
@@ -171,12 +191,39 @@ def test_new_histories_are_served_without_training(project):
     assert by_log["user"].n_unique() == 31
 
 
+@pytest.mark.parametrize(("n_strangers", "is_warned_of"), [(1, False), (2, True)])
+def test_a_file_of_histories_with_many_users_of_unknown_items_is_warned_of(
+    project, caplog, n_strangers, is_warned_of
+):
+    rows = [f"u{number},i{number}\n" for number in range(10 - n_strangers)]
+    rows += [f"x{n_strangers},{item}\n" for item in ("3.0", "1.0", "2.0", "4.0")]
+    rows += ["y,3.0\n"] * (n_strangers - 1)
+    file = project.path("01_raw", "walk", "histories.csv")
+    file.write_text("".join(["userid,itemid\n", *rows]))
+    found, _ = recommend(project, histories="file", k=2)
+    assert found["user"].n_unique() == 10 - n_strangers
+    ids = pl.read_parquet(project.path("05_model_input", "walk", "items.parquet"))
+    known = ", ".join(repr(item) for item in ids.sort("item")["itemid"][:3])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = (
+        "2 of 10 users of the file of histories have no item that the model knows: ids of items "
+        f"in the file are '3.0', '1.0', '2.0', those of the catalogue {known}"
+    )
+    assert (expected in warned) == is_warned_of
+    assert any("users of the file of histories" in message for message in warned) == is_warned_of
+
+
 def test_rows_of_histories_that_cannot_be_used_are_told(project, caplog):
     rows = "a,i5,1500000000\n,i1,1500000000\na,i7,soon\nb,i1,1500000000\nc,i2,later\n"
+    rows += "z,unheard of,1500000000\n"
     histories = project.path("01_raw", "walk", "histories.csv")
     histories.write_text(f"userid,itemid,timestamp\n{rows}")
-    found, _ = recommend(project, histories="file", k=6)
+    found, report = recommend(project, histories="file", k=6)
     check_lists(project, found, {"a": ["i5"], "b": ["i1"]}, k=6)
+    assert users_without_lists(project) == ["c", "z"]
+    assert report["histories"]["users_without_known_items"] == 1
+    assert report["histories"]["users_without_usable_rows"] == 1
+    assert "get no recommendations, nor do 1 of whom no row can be used" in caplog.text
     assert "Histories lack 1 rows with missing user, the first of them data row 2" in caplog.text
     assert "Histories lack 2 rows with unparseable timestamp, the first of them" in caplog.text
 
@@ -243,6 +290,13 @@ def test_weights_without_their_history_are_refused(project):
     file.parent.rename(file.parent.with_name("2020-01-01T00.00.00.000Z"))
     with pytest.raises(FileNotFoundError, match=f"history of the weights {file.parent.name}"):
         recommend(project)
+
+
+@pytest.mark.parametrize("pipeline", ["recommendation", "export", "evaluation"])
+def test_what_needs_a_model_that_is_not_trained_names_those_that_are(project, pipeline):
+    message = r"with the loss sce: .*model_weights.* Losses with weights on walk: ce\. .*loss=sce"
+    with pytest.raises(FileNotFoundError, match=message):
+        project.run(pipelines=[pipeline], **{**SMALL_RUN, "loss": "sce"})
 
 
 def test_weights_of_another_catalogue_are_refused(project):

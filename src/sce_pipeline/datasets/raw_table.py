@@ -51,17 +51,24 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
     """
 
     def __init__(
-        self, *, filepath: str, optional: bool = False, metadata: dict[str, Any] | None = None
+        self,
+        *,
+        filepath: str,
+        optional: bool = False,
+        may_be_empty: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Point to a table.
 
         Args:
             filepath: Local path of the file without its suffix; its folder is the data set.
             optional: Load None where there is no file.
+            may_be_empty: Load None where the file has columns but no rows, rather than refuse it.
             metadata: For plugins; not used here.
         """
         self._filepath = Path(filepath)
         self._optional = optional
+        self._may_be_empty = may_be_empty
         self.metadata = metadata
 
     def find_files(self) -> list[Path]:
@@ -87,7 +94,7 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
             )
         if files:
             _require_file(files[0])
-            return _scan(files[0])
+            return _scan(files[0], self._may_be_empty)
         if self._optional:
             return None
         raise DatasetError(self._describe_absence())
@@ -104,7 +111,11 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
         return bool(self.find_files())
 
     def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._filepath.as_posix(), "optional": self._optional}
+        return {
+            "filepath": self._filepath.as_posix(),
+            "optional": self._optional,
+            "may_be_empty": self._may_be_empty,
+        }
 
     def _describe_absence(self) -> str:
         folder, stem = self._filepath.parent, self._filepath.name
@@ -139,7 +150,7 @@ def _require_file(file: Path) -> None:
     raise DatasetError(f"{file} is {found}; expected a file")
 
 
-def _scan(file: Path) -> pl.LazyFrame:
+def _scan(file: Path, may_be_empty: bool) -> pl.LazyFrame | None:
     """Begin to read a file, lazily; an error names it whenever it comes up."""
     with _naming(file):
         table = _scan_parquet(file) if file.suffix == ".parquet" else _scan_csv(file)
@@ -149,6 +160,8 @@ def _scan(file: Path) -> pl.LazyFrame:
         table = table.with_row_index(ROW).with_columns(pl.col(ROW).cast(pl.Int64))
         schema = table.collect_schema()
         if table.head(1).collect().is_empty():
+            if may_be_empty:
+                return None
             raise DatasetError(f"{file} has columns but no rows: {columns}")
 
     # Polars sees values too many in a row of text, which shift the others, where it reads all

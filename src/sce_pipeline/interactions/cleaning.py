@@ -13,6 +13,7 @@ from sce_pipeline.interactions.columns import (
     as_found,
     identifiers,
     require_columns,
+    require_values,
 )
 from sce_pipeline.interactions.engines import end_plan
 from sce_pipeline.interactions.errors import InteractionsError
@@ -64,10 +65,12 @@ def clean_interactions(
         reason (:func:`~sce_pipeline.interactions.rejections.set_aside`); and the report.
 
     Raises:
-        InteractionsError: A column is missing or of a type without meaning, or no row can be used.
+        InteractionsError: A column is missing, empty or of a type without meaning, or no row can
+            be used.
     """
     roles = {f"data_processing.columns.{role}": name for role, name in columns.model_dump().items()}
     require_columns(log, roles, table)
+    require_values(log, columns.timestamp, table)
     read = log.select(
         user=identifiers(log, columns.user, table),
         item=identifiers(log, columns.item, table),

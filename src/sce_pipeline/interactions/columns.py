@@ -53,6 +53,20 @@ def require_columns(frame: nw.LazyFrame[Any], roles: dict[str, str], table: str)
         )
 
 
+def require_values(frame: nw.LazyFrame[Any], name: str, table: str) -> None:
+    """Check that a column has a value if it has no type, as that of a file without any.
+
+    Raises:
+        InteractionsError: It has none.
+    """
+    if frame.collect_schema()[name] != nw.Unknown:
+        return
+    if frame.filter(~nw.col(name).is_null()).head(1).collect().is_empty():
+        raise InteractionsError(
+            f"{table}: column {name!r} has no value at all; is another column meant?"
+        )
+
+
 def identifiers(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
     """Read a column of ids as strings: whole numbers without a decimal point, null where unusable.
 
@@ -61,8 +75,9 @@ def identifiers(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
     numbers may have been several ids: neither is an id. Any other string is one as it stands.
 
     Raises:
-        InteractionsError: The column holds neither strings nor numbers.
+        InteractionsError: The column holds neither strings nor numbers, or nothing at all.
     """
+    require_values(frame, name, table)
     dtype = frame.collect_schema()[name]
     column = nw.col(name)
     if dtype.is_float():

@@ -8,7 +8,7 @@ import narwhals.stable.v2 as nw
 import numpy as np
 
 from sce_pipeline.interactions.cleaning import ZERO_TIMESTAMP, clean_interactions
-from sce_pipeline.interactions.columns import ROW
+from sce_pipeline.interactions.columns import ROW, identifiers
 from sce_pipeline.interactions.encoding import number_ids
 from sce_pipeline.interactions.parts import IN_TIME
 from sce_pipeline.interactions.reports import Report, collect_rows
@@ -17,6 +17,8 @@ from sce_pipeline.parameters import Columns
 
 N_EXAMPLES = 10
 """Unknown items that a report names: those with most rows."""
+
+_TABLE = "The table of histories"
 
 
 def read_histories(table: nw.LazyFrame[Any], columns: Columns) -> tuple[nw.LazyFrame[Any], Report]:
@@ -38,10 +40,26 @@ def read_histories(table: nw.LazyFrame[Any], columns: Columns) -> tuple[nw.LazyF
     has_time = columns.timestamp in table.collect_schema().names()
     if not has_time:
         table = table.with_columns(nw.col(ROW).alias(columns.timestamp))
-    interactions, _, report = clean_interactions(table, columns, "The table of histories")
+    interactions, _, report = clean_interactions(table, columns, _TABLE)
     if not has_time:
         report = _leave_out_timestamps(report)
     return interactions, report | {"order": "timestamp" if has_time else "row"}
+
+
+def find_users_without_rows(
+    table: nw.LazyFrame[Any], interactions: nw.LazyFrame[Any], columns: Columns
+) -> list[str]:
+    """Find the users of a table of histories of whom no row can be used, in the order of ids.
+
+    Args:
+        table: As ``read_histories`` takes it.
+        interactions: What that made of it.
+        columns: Which column is the user.
+    """
+    named = table.select(user=identifiers(table, columns.user, _TABLE))
+    named = named.filter(~nw.col("user").is_null()).unique()
+    lost = named.join(interactions.select("user"), on="user", how="anti").sort("user")
+    return lost.collect()["user"].to_list()
 
 
 def collect_histories(

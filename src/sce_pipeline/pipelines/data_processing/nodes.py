@@ -20,6 +20,12 @@ from sce_pipeline.provenance import stamp, stamp_items
 
 logger = logging.getLogger(__name__)
 
+WORTH_A_WARNING = 0.01
+"""Share of a log's rows set aside from which on it is likelier a mistake than noise."""
+
+N_REASONS = 3
+"""The most frequent reasons that such a warning names."""
+
 
 def clean_interactions(
     raw_interactions: IntoFrame, parameters: DataProcessingParameters
@@ -37,6 +43,7 @@ def clean_interactions(
         report["first_timestamp"],
         report["last_timestamp"],
     )
+    _warn_of_rejected(report)
     if report["last_timestamp"] < "1971":
         logger.warning(
             "All timestamps fall before 1971: is %s really in %s since 1970?",
@@ -154,6 +161,23 @@ def summarise_data(
 
 def _lazy(frame: IntoFrame) -> nw.LazyFrame[Any]:
     return nw.from_native(frame).lazy()
+
+
+def _warn_of_rejected(report: Report) -> None:
+    """Warn if cleaning set aside so many rows that the log may have been misread."""
+    dropped = {why: loss["rows"] for why, loss in report["dropped"].items()}
+    rejected = sum(dropped.values())
+    share = rejected / report["raw"]["rows"]
+    if share <= WORTH_A_WARNING:
+        return
+    most_frequent = sorted(dropped.items(), key=lambda reason: -reason[1])[:N_REASONS]
+    logger.warning(
+        "%.1f%% of the rows of the log cannot be used, mostly with %s: all %s of them are in "
+        "rejected_interactions.parquet, in the data set's folder of data/02_intermediate",
+        100 * share,
+        ", ".join(f"{why} ({rows:,})" for why, rows in most_frequent),
+        f"{rejected:,}",
+    )
 
 
 def _size(counts: Report) -> str:

@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 N_EXAMPLES = 10
 """Unknown ids of a list that are named."""
 
+WORTH_A_WARNING = 0.1
+"""Share of a file's users without a known item from which on its ids are likelier others."""
+
+N_COMPARED = 3
+"""Ids of the file and of the catalogue that such a warning puts side by side."""
+
 
 @dataclass(frozen=True)
 class SavedRecommender:
@@ -117,12 +123,14 @@ def collect_histories(
     """Lay out the whole histories of all users that are asked for.
 
     Returns:
-        The histories of those with a known item, and the ids (user) of the others.
+        The histories of those with a known item, and the ids (user) of the others, among them
+        users of a file of whom no row can be used.
 
     Raises:
         InteractionsError: There is no file to read, or it cannot be used.
     """
     source, reading = nw.from_native(interactions), Report()
+    without_rows: list[str] = []
     if recommendation.histories == "file":
         if new_histories is None:
             raise InteractionsError(
@@ -131,6 +139,8 @@ def collect_histories(
             )
         table = nw.from_native(new_histories)
         source, reading = whole.read_histories(table, data_processing.columns)
+        if reading["dropped"]:  # spare a file without such rows the pass
+            without_rows = whole.find_users_without_rows(table, source, data_processing.columns)
         logger.info("Histories are in the order of %s", reading["order"])
         for reason, loss in reading["dropped"].items():
             logger.warning(
@@ -140,13 +150,21 @@ def collect_histories(
                 f"{loss['first_data_row']:,}",
             )
     arrays, users, report = whole.collect_histories(source, nw.from_native(items).lazy())
-    report = {"source": recommendation.histories, "reading": reading, **report}
+    report = {
+        "source": recommendation.histories,
+        "reading": reading,
+        **report,
+        "users_without_usable_rows": len(without_rows),
+    }
     _tell_unknown(report)
+    if recommendation.histories == "file":
+        _warn_of_strangers(report, items)
     offsets = arrays["offsets"]
     served = np.diff(offsets) > 0
     ids = pl.Series("user", users, dtype=pl.String)
     histories = Histories(ids.filter(served), arrays["items"], np.unique(offsets), report)
-    return histories, ids.filter(~served).to_frame()
+    unserved = ids.filter(~served).append(pl.Series(without_rows, dtype=pl.String))
+    return histories, unserved.sort().to_frame()
 
 
 def describe_request(
@@ -281,14 +299,34 @@ def _describe_unknown(ids: list[str]) -> Report:
 
 
 def _tell_unknown(report: Report) -> None:
-    unknown = report["unknown_items"]
+    unknown, lost = report["unknown_items"], report["users_without_usable_rows"]
     logger.info(
         "Histories of %s users with %s rows; %s rows are of %s items that the catalogue does not "
-        "have%s; %s users have no known item and get no recommendations",
+        "have%s; %s users have no known item and get no recommendations%s",
         f"{report['users']:,}",
         f"{report['rows']:,}",
         f"{unknown['rows']:,}",
         f"{unknown['items']:,}",
         f" (most often {', '.join(unknown['examples'])})" if unknown["items"] else "",
         f"{report['users_without_known_items']:,}",
+        f", nor do {lost:,} of whom no row can be used" if lost else "",
     )
+
+
+def _warn_of_strangers(report: Report, items: pl.DataFrame) -> None:
+    """Warn if so many users of a file have no known item that its ids may be written otherwise."""
+    users, strangers = report["users"], report["users_without_known_items"]
+    if strangers <= WORTH_A_WARNING * users:
+        return
+    logger.warning(
+        "%s of %s users of the file of histories have no item that the model knows: ids of items "
+        "in the file are %s, those of the catalogue %s",
+        f"{strangers:,}",
+        f"{users:,}",
+        _quote(report["unknown_items"]["examples"]),
+        _quote(items.sort("item")["itemid"].to_list()),
+    )
+
+
+def _quote(ids: list[str]) -> str:
+    return ", ".join(repr(each) for each in ids[:N_COMPARED])
