@@ -168,7 +168,7 @@ def test_the_encoder_goes_along_where_it_is_asked_for(project):
     assert "encoder.onnx" not in (folder / "model_card.md").read_text()
 
 
-def test_an_index_goes_along_with_what_was_measured_of_it(project):
+def test_an_index_goes_along_with_what_was_measured_of_it(project, caplog):
     pytest.importorskip("faiss")
     project.run(pipelines=["export"], **SMALL_RUN, loss="ce", export={"index": 0.9})
     (folder,) = exported(project)
@@ -186,7 +186,9 @@ def test_an_index_goes_along_with_what_was_measured_of_it(project):
         for search in ("exact", "approximate")
     )
     assert [each.items for each in found] == [each.items for each in exact]
+    assert "Removed what was exported" not in caplog.text
     project.run(pipelines=["export"], **SMALL_RUN, loss="ce")
+    assert "before and not asked for now: items.faiss" in caplog.text
     assert not (folder / "items.faiss").exists()
     assert "faiss" not in (folder / "model_card.md").read_text()
 

@@ -44,9 +44,15 @@ class RecommenderFolderDataset(AbstractDataset[Bundle, Bundle]):
         return read_bundle(versions[-1])
 
     def save(self, data: Bundle) -> None:
-        """Write a version, which appears once it is whole."""
+        """Write a version, which appears once it is whole, and tell what an earlier one had more."""
         folder = self._folder / data.facts["weights_version"]
+        earlier = {file.name for file in folder.glob("*")}
         write_bundle(folder, data)
+        if gone := earlier - {file.name for file in folder.iterdir()}:
+            logger.warning(
+                "Removed what was exported of this version before and not asked for now: %s",
+                ", ".join(sorted(gone)),
+            )
         logger.info("Exported the recommender to %s", folder)
 
     def _versions(self) -> list[Path]:
