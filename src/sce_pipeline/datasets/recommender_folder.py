@@ -44,7 +44,7 @@ class RecommenderFolderDataset(AbstractDataset[Bundle, Bundle]):
         return read_bundle(versions[-1])
 
     def save(self, data: Bundle) -> None:
-        """Write a version, which appears once it is whole, and tell what an earlier one had more."""
+        """Write a version, which appears once it is whole; tell what an earlier one had more."""
         folder = self._folder / data.facts["weights_version"]
         earlier = {file.name for file in folder.glob("*")}
         write_bundle(folder, data)
