@@ -224,7 +224,7 @@ def variants() -> dict[str, Variant]:
 def parameters_for(dataset: str, changes: dict[str, Any], seed: int) -> TrainingParameters:
     """Return the data set's training parameters with what a variant changes.
 
-    Their loss is one of no meaning: the variant's takes its place.
+    Unless that is the loss, theirs is one of no meaning: the variant's takes its place.
     """
     values = read_presets("training")["_training"]
     presets = read_presets("datasets")["dataset_presets"]

@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from ablations import ROOT, parameters_for
 from presets import read_loss
-from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from sce_pipeline.diagnostics import Inspection, inspect_loss
 from sce_pipeline.losses import build_loss
 from sce_pipeline.models import Backbone, load_model
-from sce_pipeline.parameters import LossParameters
+from sce_pipeline.parameters import TrainingParameters
 from sce_pipeline.training.batches import TrainingBatches
 from sce_pipeline.training.fit import fit
 
@@ -37,22 +36,18 @@ LOSSES = ("sce", "sce:n_buckets=400", "sce:bucket_size_y=1024", "sce:mix_x=true"
 Arrays = dict[str, np.ndarray]
 
 
-def as_parameters(loss: str) -> LossParameters:
-    """Return the parameters of a loss, as ``read_loss`` takes it."""
-    parameters: LossParameters = TypeAdapter(LossParameters).validate_python(read_loss(loss))
-    return parameters
+def with_loss(arguments: argparse.Namespace, loss: str, **changes: int) -> TrainingParameters:
+    """Return the data set's training parameters with a loss, as ``read_loss`` takes it."""
+    return parameters_for(arguments.dataset, {"loss": read_loss(loss), **changes}, arguments.seed)
 
 
 def train(
     arguments: argparse.Namespace, sequences: tuple[Arrays, Arrays], n_epochs: int
 ) -> Backbone:
     """Return the model of the best of so many epochs."""
-    changes = {
-        "loss": read_loss(arguments.trained_with),
-        "max_epochs": n_epochs,
-        "patience": n_epochs,
-    }
-    parameters = parameters_for(arguments.dataset, changes, arguments.seed)
+    parameters = with_loss(
+        arguments, arguments.trained_with, max_epochs=n_epochs, patience=n_epochs
+    )
     with tempfile.TemporaryDirectory() as folder:
         weights, history = fit(*sequences, Path(folder) / "run", parameters, True)
     best = max(epoch["ndcg@10"] for epoch in history["epochs"])
@@ -79,7 +74,9 @@ def look_into(
     print(f"{len(hidden):,} tokens, {len(table):,} items")
     given = (batch.targets, batch.sequence, batch.histories)
     return {
-        name: inspect_loss(build_loss(as_parameters(name)), hidden, table, *given, seed=1)
+        name: inspect_loss(
+            build_loss(with_loss(arguments, name).loss), hidden, table, *given, seed=1
+        )
         for name in arguments.losses
     }
 

@@ -137,16 +137,7 @@ def _search(
     left_out: tuple[Tensor, Tensor] | None,
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Find the first items of some users, and their scores: both [users, k].
-
-    Args:
-        catalogue: The items.
-        states: float32 [users, d].
-        chosen: In which groups they may be, bool [users, groups].
-        widest: Most groups of a user.
-        left_out: Items to leave out: the users, counted from 0, and the items.
-        k: Length of the lists.
-    """
+    """Do what ``_rank_groups`` does, for few enough users at a time."""
     at_once = max(1, SCORES_AT_ONCE // (max(1, widest) * GROUP))
     found = [
         _rank_groups(
@@ -223,7 +214,7 @@ def _rank_groups(
     left_out: tuple[Tensor, Tensor] | None,
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Rank the items of the groups that were chosen for each user.
+    """Find the first items of some users in their groups, and their scores: both [users, k].
 
     Args:
         catalogue: The items.

@@ -151,8 +151,8 @@ def measure_encoder(model: Backbone, file: Path) -> dict[str, Any]:
 
     generator = np.random.default_rng(0)
     n_items = len(model.item_embeddings)
-    lengths = generator.integers(model.max_length, size=N_HISTORIES)
-    histories = [generator.integers(n_items, size=length + 1) for length in lengths]
+    lengths = generator.integers(1, model.max_length + 1, size=N_HISTORIES)
+    histories = [generator.integers(n_items, size=length) for length in lengths]
     expected = encode(histories)
     difference = float(np.abs(run(histories) - expected).max() / np.abs(expected).max())
     if not difference <= TOLERANCE:
