@@ -299,6 +299,13 @@ def test_a_column_without_meaning_is_refused(column, values):
         clean(**{column: values})
 
 
+def test_ids_of_bytes_are_refused_with_what_to_do():
+    with pytest.raises(
+        InteractionsError, match=r"type Binary; .*\.cast\(pl\.String\) where .*UTF-8"
+    ):
+        clean(who=[b"u1"])
+
+
 @pytest.mark.parametrize("column", ["who", "what", "when"])
 def test_a_column_without_type_or_value_is_said_to_have_no_value(column):
     message = f"^The log: column '{column}' has no value at all; is another column meant"

@@ -26,6 +26,11 @@ WHITE_SPACE = (
 _UNREADABLE = "[\\x00-\\x1f\\x7f-\\x9f\ufffd]"  # control characters, and what replaces lost bytes
 _VISIBLE = f"[^{WHITE_SPACE}]"
 
+_TEXT_OF_BYTES = (
+    "; make text of the bytes, in Polars with .cast(pl.String) where they are UTF-8, or else with "
+    '.bin.encode("hex")'
+)
+
 
 def require_columns(frame: nw.LazyFrame[Any], roles: dict[str, str], table: str) -> None:
     """Check that a table has the columns it is said to have.
@@ -94,8 +99,9 @@ def identifiers(frame: nw.LazyFrame[Any], name: str, table: str) -> nw.Expr:
         text = column.cast(nw.String)
         is_readable = text.str.contains(_VISIBLE) & ~text.str.contains(_UNREADABLE)
         return nw.when(is_readable).then(text)
+    remedy = _TEXT_OF_BYTES if dtype == nw.Binary else ""
     raise InteractionsError(
-        f"{table}: column {name!r} has the type {dtype}; ids must be strings or numbers"
+        f"{table}: column {name!r} has the type {dtype}; ids must be strings or numbers{remedy}"
     )
 
 
