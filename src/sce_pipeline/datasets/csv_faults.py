@@ -104,8 +104,8 @@ def _fault_of(fields: list[bytes], names: list[str]) -> str | None:
         except UnicodeDecodeError as error:
             return (
                 f"column {name}: {_show(field)} is not UTF-8 (byte {error.start + 1} of it is "
-                f"0x{field[error.start]:02x}); convert the file, from Latin-1 for example with "
-                "iconv -f latin1 -t utf-8"
+                f"0x{field[error.start]:02x}); convert the file from the encoding it was written "
+                "in, such as latin1, cp1251 or shift-jis, with iconv -f <encoding> -t utf-8"
             )
         if b'"' in field and not _QUOTED.fullmatch(field):
             return (
