@@ -87,12 +87,22 @@ def test_an_unknown_dataset_names_those_that_there_are(raw):
     raw("yelp", csv_gz=gzip.compress(CSV))
     (raw("empty")._filepath.parent).mkdir()
     message = (
-        r"Unknown dataset 'yalp': there is no folder .*yalp\. "
+        r"Unknown dataset 'yalp': there is no folder .*yalp\. Did you mean 'yelp'\? "
         r"Expected interactions\.csv, interactions\.csv\.gz or interactions\.parquet in it\. "
         r"Datasets in .*: beauty, yelp$"
     )
     with pytest.raises(DatasetError, match=message):
         raw("yalp").load()
+
+
+def test_of_many_datasets_those_of_a_like_name_and_a_few_others_are_named(raw):
+    for number in range(300):
+        raw(f"shop_{number:03}", csv=CSV)
+    raw("yelp", csv=CSV)
+    with pytest.raises(DatasetError, match=r"mean 'yelp'\? .*: shop_000, .*shop_009 and 291 more$"):
+        raw("yepl").load()
+    with pytest.raises(DatasetError, match=r"no folder .*beauty\. .* and 291 more$"):
+        raw("beauty").load()
 
 
 def test_a_folder_without_the_table_says_what_was_expected(raw, tmp_path):

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ _MARKS = {
 _ZSTD = b"\x28\xb5\x2f\xfd"  # which Polars would unpack, without bounds
 
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
+_LISTED = 10  # data sets in a message
 _REPEATED = re.compile(r"_duplicated_\d+$")  # what Polars appends to a repeated name
 
 
@@ -126,15 +128,18 @@ class RawTableDataset(AbstractDataset[None, "pl.LazyFrame | None"]):
                 for file in folder.parent.glob(f"*/{stem}{suffix}")
             }
         )
-        problem = (
-            f"No table {stem!r} in {folder}"
-            if folder.is_dir()
-            else f"Unknown dataset {folder.name!r}: there is no folder {folder}"
-        )
+        if folder.is_dir():
+            problem = f"No table {stem!r} in {folder}."
+        else:
+            problem = f"Unknown dataset {folder.name!r}: there is no folder {folder}."
+            if close := get_close_matches(folder.name, existing):
+                problem += f" Did you mean {' or '.join(map(repr, close))}?"
+        listed = ", ".join(existing[:_LISTED]) or "none"
+        if (n_more := len(existing) - _LISTED) > 0:
+            listed += f" and {n_more} more"
         return (
-            f"{problem}. Expected {', '.join(stem + suffix for suffix in _SUFFIXES[:-1])} or "
-            f"{stem + _SUFFIXES[-1]} in it. Datasets in {folder.parent}: "
-            f"{', '.join(existing) or 'none'}"
+            f"{problem} Expected {', '.join(stem + suffix for suffix in _SUFFIXES[:-1])} or "
+            f"{stem + _SUFFIXES[-1]} in it. Datasets in {folder.parent}: {listed}"
         )
 
 
