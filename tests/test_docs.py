@@ -45,7 +45,7 @@ def load(env=None, **runtime_params):
     loader = OmegaConfigLoader(
         str(ROOT / "conf"), env=env, runtime_params=runtime_params, **CONFIG_LOADER_ARGS
     )
-    return loader, loader["parameters"]
+    return loader["globals"], loader["parameters"]
 
 
 def sections(page):

@@ -43,7 +43,7 @@ def conf(tmp_path_factory):
 def call(installed):
     """Call Python with the wheel in front of all that is installed, and return what it says."""
 
-    def call(folder, *arguments):
+    def call(folder, *arguments, status=0):
         run = subprocess.run(
             [sys.executable, *map(str, arguments)],
             check=False,
@@ -59,7 +59,7 @@ def call(installed):
             text=True,
             timeout=120,
         )
-        assert run.returncode == 0, run.stdout
+        assert run.returncode == status, run.stdout
         return run.stdout
 
     return call
@@ -88,6 +88,15 @@ def test_the_wheel_holds_the_package_and_its_command(installed):
     (command,) = Distribution.at(metadata).entry_points
     assert (command.group, command.name) == ("console_scripts", "sce-pipeline")
     assert command.value == "sce_pipeline.__main__:main"
+
+
+def test_the_wheel_without_a_configuration_asks_for_it_in_one_line(call, tmp_path):
+    said = call(tmp_path, "-m", "sce_pipeline", "--pipelines", "download", status=1)
+    last = said.splitlines()[-1]
+    assert f"{tmp_path}/conf/base. Say with --conf-source where the configuration is" in last
+    assert "conf-sce_pipeline.tar.gz" in last
+    assert "Traceback" not in said
+    assert "Warning" not in said
 
 
 def test_the_wheel_runs_and_serves_without_the_repository(call, conf, tmp_path):

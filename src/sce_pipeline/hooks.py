@@ -10,7 +10,6 @@ import time
 from pathlib import Path, PurePath
 from typing import Any
 
-from kedro.config import AbstractConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import AbstractVersionedDataset, CatalogProtocol, Version
@@ -39,16 +38,18 @@ def _cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
-def check_parameters(
-    config_loader: AbstractConfigLoader, parameters: dict[str, Any]
-) -> RunParameters:
+def check_parameters(chosen: dict[str, Any], parameters: dict[str, Any]) -> RunParameters:
     """Check all parameters of a run: presets, selection and groups.
+
+    Args:
+        chosen: What ``globals.yml`` says.
+        parameters: All parameters.
 
     Raises:
         ValueError: A name is unknown or a value is out of range.
     """
     selectors = {"dataset", "loss", "seed"}
-    if unknown := set(config_loader["globals"]) - selectors:
+    if unknown := set(chosen) - selectors:
         raise ValueError(
             f"globals.yml has {', '.join(sorted(unknown))}, but only dataset, loss and seed "
             "are chosen there"
@@ -65,7 +66,7 @@ class ParameterHooks:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Check all parameters before any node runs."""
-        check_parameters(context.config_loader, context.params)
+        check_parameters(context.config_loader["globals"], context.params)
 
 
 class SweepHooks:

@@ -75,7 +75,7 @@ class Planner:
             **settings.CONFIG_LOADER_ARGS,
         )
         try:
-            return check_parameters(loader, loader["parameters"])
+            return check_parameters(loader["globals"], loader["parameters"])
         except OmegaConfBaseException as error:
             raise ValueError(str(error)) from error
 
