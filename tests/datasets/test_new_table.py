@@ -31,6 +31,51 @@ def test_no_table_is_written_over(tmp_path, suffix):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+TABLE = pl.DataFrame({"userid": ["a", None, "c"], "timestamp": [1.0, float("nan"), None]})
+
+
+def test_the_same_table_again_is_no_error(tmp_path, caplog):
+    file = tmp_path / "interactions.parquet"
+    dataset = NewTableDataset(filepath=str(file))
+    dataset.save(TABLE)
+    before = file.stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        dataset.save(TABLE.lazy())
+    assert f"{file} is there already" in caplog.text
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        TABLE.reverse(),
+        TABLE.head(2),
+        pl.concat([TABLE, TABLE.head(1)]),
+        TABLE.with_columns(userid=pl.Series(["a", "b", "c"])),
+        TABLE.with_columns(pl.col("timestamp").cast(pl.Float32)),
+        TABLE.rename({"userid": "itemid"}),
+        TABLE.with_columns(more=1),
+        TABLE.clear(),
+    ],
+    ids=["order", "fewer", "more", "value", "type", "name", "column", "empty"],
+)
+def test_another_table_of_the_name_stays(tmp_path, other):
+    file = tmp_path / "interactions.parquet"
+    other.write_parquet(file)
+    before = file.read_bytes()
+    with pytest.raises(DatasetError, match=r"already has interactions\.parquet"):
+        NewTableDataset(filepath=str(file)).save(TABLE.lazy())
+    assert file.read_bytes() == before
+
+
+def test_the_same_table_beside_another_format_is_refused(tmp_path):
+    dataset = NewTableDataset(filepath=str(tmp_path / "interactions.parquet"))
+    dataset.save(TABLE)
+    (tmp_path / "interactions.csv").write_text("mine")
+    with pytest.raises(DatasetError, match=r"interactions\.csv, interactions\.parquet"):
+        dataset.save(TABLE)
+
+
 def test_a_failure_leaves_no_part_of_a_table(tmp_path):
     def fail(frame):
         raise RuntimeError("no more")

@@ -245,8 +245,50 @@ def test_a_run_goes_from_an_address_to_sequences(project, site, monkeypatch):
         data_processing=parameters,
     )
     assert project.path("05_model_input", "mine", "train_sequences.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["movielens_20m", "kindle_store", "beeradvocate"])
+def test_a_second_run_leaves_what_is_there(project, site, monkeypatch, caplog, name):
+    monkeypatch.setitem(SOURCES, "mine", publish(site, name))
+    project.run(pipelines=["download"], dataset="mine")
+    tables = {file: file.stat().st_mtime_ns for file in project.path("01_raw").rglob("*.parquet")}
+    n_asked = len(site.asked)
+    caplog.clear()
+    project.run(pipelines=["download"], dataset="mine")
+    assert {file: file.stat().st_mtime_ns for file in tables} == tables
+    assert len(site.asked) == n_asked
+    assert "is there already and is not fetched again" in caplog.text
+    for file in tables:
+        assert f"{file} is there already, with just these rows" in caplog.text
+
+
+def test_a_second_run_writes_what_is_missing(project, site, monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", publish(site, "movielens_20m"))
+    project.run(pipelines=["download"], dataset="mine")
+    items = project.path("01_raw", "mine", "items.parquet")
+    before = items.read_bytes()
+    items.unlink()
+    project.run(pipelines=["download"], dataset="mine")
+    assert items.read_bytes() == before
+
+
+def test_a_table_that_differs_is_not_written_over(project, site, monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", publish(site, "kindle_store"))
+    project.run(pipelines=["download"], dataset="mine")
+    file = project.path("01_raw", "mine", "interactions.parquet")
+    pl.read_parquet(file).with_columns(itemid=pl.lit("B3")).write_parquet(file)
+    before = file.read_bytes()
     with pytest.raises(DatasetError, match=r"already has interactions\.parquet, which is not"):
         project.run(pipelines=["download"], dataset="mine")
+    assert file.read_bytes() == before
+
+
+def test_nothing_is_fetched_beside_a_table_that_somebody_brought(project, site, monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", publish(site, "kindle_store"))
+    project.write_log("mine", [("u", "i", 1)])
+    with pytest.raises(DatasetError, match=r"already has interactions\.csv, which is not"):
+        project.run(pipelines=["download"], dataset="mine")
+    assert not site.asked
 
 
 def test_a_log_with_titles_brings_both_tables(project, site, monkeypatch):

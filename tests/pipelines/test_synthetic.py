@@ -76,6 +76,16 @@ def test_a_log_that_somebody_brought_is_safe(project):
     assert file.read_bytes() == before
 
 
+def test_drawing_the_same_log_again_is_no_error_and_another_is(project):
+    project.run(pipelines=["synthetic"], **PARAMETERS)
+    file = project.path("01_raw", "planted", "interactions.parquet")
+    before = file.read_bytes()
+    project.run(pipelines=["synthetic"], **PARAMETERS)
+    with pytest.raises(DatasetError, match=r"already has interactions\.parquet"):
+        project.run(pipelines=["synthetic"], **PARAMETERS, seed=7)
+    assert file.read_bytes() == before
+
+
 def test_the_default_run_draws_nothing(project):
     drawing = {node.name for node in pipelines["synthetic"].nodes}
     default = {node.name for node in pipelines["__default__"].nodes}

@@ -9,7 +9,7 @@ import polars as pl
 from kedro.io import AbstractDataset, DatasetError
 
 from sce_pipeline.downloads import DownloadError
-from sce_pipeline.downloads.logs import obtain, record_of
+from sce_pipeline.downloads.logs import is_obtained, obtain, record_of
 from sce_pipeline.downloads.sources import find_source
 from sce_pipeline.downloads.tables import read_tables
 
@@ -45,17 +45,19 @@ class PublicLogDataset(AbstractDataset[NoReturn, "dict[str, pl.LazyFrame]"]):
             Its tables, ``interactions`` and, where there are titles, ``items``.
 
         Raises:
-            DatasetError: It is not to be had, or the data set has a table already.
+            DatasetError: It is not to be had, or the data set has a table already, but not the
+                file of which that would have been made.
         """
         folder = self._folder.parent
         stems = ("interactions", "items")
-        if existing := sorted(file.name for stem in stems for file in folder.glob(f"{stem}.*")):
-            raise DatasetError(
-                f"{folder} already has {', '.join(existing)}, which is not written over: remove "
-                "it to fetch the log anew"
-            )
+        existing = sorted(file.name for stem in stems for file in folder.glob(f"{stem}.*"))
         try:
             source = find_source(self._name)
+            if existing and not is_obtained(source, self._folder):
+                raise DatasetError(
+                    f"{folder} already has {', '.join(existing)}, which is not written over: "
+                    "remove it to fetch the log anew"
+                )
             file = obtain(source, self._folder)
         except DownloadError as error:
             raise DatasetError(str(error)) from error

@@ -33,7 +33,9 @@ def obtain(source: Source, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            if not file.is_file():
+            if file.is_file():
+                logger.info("%s is there already and is not fetched again", file)
+            else:
                 fetch(source.url, file, source.limit)
             _check(source, file)
             _write_terms(source, file)
@@ -42,6 +44,12 @@ def obtain(source: Source, folder: Path) -> Path:
     except OSError as error:
         raise DownloadError(f"Cannot download to {folder}: {error}") from error
     return file
+
+
+def is_obtained(source: Source, folder: Path) -> bool:
+    """Tell whether a log's file was brought to a folder and is there still."""
+    file = folder / source.filename
+    return file.is_file() and record_of(file).is_file()
 
 
 def record_of(file: Path) -> Path:

@@ -11,5 +11,5 @@ logger = logging.getLogger(__name__)
 
 def bring_tables(public_log: dict[str, pl.LazyFrame]) -> dict[str, pl.LazyFrame]:
     """Hand over the tables of a public log to be written, and say which there are."""
-    logger.info("Writing %s", " and ".join(public_log))
+    logger.info("The log has %s", " and ".join(public_log))
     return public_log
