@@ -1,8 +1,9 @@
-"""Stamps on sequences: the parameters they were made with, and the items that they number.
+"""Stamps on arrays: the parameters sequences were made with, and the items that they number.
 
 Data of a data set lies in one place whatever its split and filters, so a partial run could meet
 sequences that an earlier run made with other parameters, or weights that were trained on an earlier
-log, in which a number stood for another item. The stamps let it see so.
+log, in which a number stood for another item. The stamps let it see so. Rankings bear that of the
+items, and the version of the weights that ranked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ STAMP = "parameters"
 
 ITEM_STAMP = "item_fingerprint"
 """Name of the other stamp among the arrays: a fingerprint in hexadecimal, one byte an entry."""
+
+WEIGHTS_STAMP = "weights_version"
+"""Name of the stamp of rankings: the version of the weights that ranked, one byte an entry."""
 
 
 def stamp(parameters: DataProcessingParameters) -> dict[str, np.ndarray]:
@@ -51,6 +55,11 @@ def read_item_stamp(arrays: Mapping[str, np.ndarray]) -> str:
             "sce_pipeline made them; run the pipeline data_processing again"
         )
     return arrays[ITEM_STAMP].tobytes().decode()
+
+
+def stamp_weights(version: str) -> dict[str, np.ndarray]:
+    """Return the stamp of the weights that ranked, by its name."""
+    return {WEIGHTS_STAMP: np.frombuffer(version.encode(), dtype=np.uint8)}
 
 
 def read_origin(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from sce_pipeline.parameters import (
 )
 from sce_pipeline.pipelines.evaluation import create_pipeline
 from sce_pipeline.pipelines.evaluation.nodes import rank_by_popularity, rank_items
-from sce_pipeline.provenance import ITEM_STAMP, read_item_stamp, stamp, stamp_items
+from sce_pipeline.provenance import (
+    ITEM_STAMP,
+    WEIGHTS_STAMP,
+    read_item_stamp,
+    stamp,
+    stamp_items,
+)
 
 N_ITEMS = 20
 
@@ -192,6 +198,10 @@ def test_other_training_windows_and_titles_leave_test_users_as_they_are(inputs):
 
 def test_rankings_say_which_items_they_number(inputs):
     assert read_item_stamp(rank(inputs)) == read_item_stamp(inputs["test_sequences"])
+
+
+def test_rankings_say_which_weights_ranked(inputs):
+    assert rank(inputs)[WEIGHTS_STAMP].tobytes() == b"v1"
 
 
 def test_weights_of_other_items_are_an_error(inputs):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+from kedro.framework.session import KedroSession
 from trained_projects import rename_an_item
 
 from helpers import SMALL_RUN
@@ -16,10 +17,11 @@ from sce_pipeline.pipelines.reporting.figures import (
     plot_training_time,
 )
 from sce_pipeline.pipelines.reporting.nodes import report_run, show_recommendations
-from sce_pipeline.provenance import fingerprint_texts, stamp_items
+from sce_pipeline.provenance import fingerprint_texts, stamp_items, stamp_weights
 
 CUTOFFS = (1, 10)
 HISTORY = {
+    "version": "v1",
     "data_processing": {"split": {"name": "temporal", "quantile": 0.8, "train_users": "disjoint"}},
     "parameters": {"seed": 3, "model": {"name": "sasrec"}, "loss": {"name": "sce"}},
     "best_epoch": 2,
@@ -104,6 +106,7 @@ def inputs():
         "target_ranks": np.array([4, np.iinfo(np.int64).max]),
         "top_items": np.array([[0, 1, 4, 2], [2, -1, -1, -1]], dtype=np.int32),
         **stamp_items("abcde"),
+        **stamp_weights("v1"),
     }
     sequences = {  # in another order than the rankings
         "users": np.array([0, 2], dtype=np.int32),
@@ -124,6 +127,7 @@ def inputs():
         "test_sequences": sequences,
         "items": items,
         "users": users,
+        "training_history": HISTORY,
     }
 
 
@@ -148,6 +152,22 @@ def test_rankings_of_other_items_are_refused(inputs, ids):
 def test_rankings_that_do_not_say_which_items_they_number_are_refused(inputs):
     del inputs["test_rankings"]["item_fingerprint"]
     with pytest.raises(ValueError, match=r"an earlier version .* run the pipeline evaluation"):
+        show_recommendations(**inputs)
+
+
+def test_rankings_of_other_weights_than_the_history_are_refused(inputs):
+    inputs["training_history"] = {**HISTORY, "version": "v2"}
+    message = (
+        r"test_rankings is of the weights v1, but training_history of v2, .* run the pipelines "
+        r"evaluation and reporting, .* --load-versions training_history:v1"
+    )
+    with pytest.raises(ValueError, match=message):
+        show_recommendations(**inputs)
+
+
+def test_rankings_that_do_not_say_which_weights_ranked_are_refused(inputs):
+    del inputs["test_rankings"]["weights_version"]
+    with pytest.raises(ValueError, match=r"which weights ranked, .* run the pipeline evaluation"):
         show_recommendations(**inputs)
 
 
@@ -200,6 +220,22 @@ def test_report_holds_the_metrics_and_the_examples(examples):
     rows = [line.split() for line in text.splitlines() if "popularity" in line and "0.1250" in line]
     assert len([row for row in rows if row[:1] == ["popularity"]]) == len(METRICS)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_report_on_rankings_from_before_the_last_training_is_refused(trained_project):
+    parameters = {**SMALL_RUN, "loss": "ce"}
+    trained_project.run(pipelines=["evaluation"], **parameters)
+    (ranked,) = trained_project.versions("06_models", "walk", "ce", "training_history.json")
+    trained_project.run(pipelines=["training"], **parameters, seed=1)
+    with pytest.raises(ValueError, match="so that a report would mix two runs"):
+        trained_project.run(pipelines=["reporting"], **parameters)
+    with KedroSession.create(trained_project.folder, runtime_params=parameters) as session:
+        session.run(
+            pipeline_names=["reporting"],
+            load_versions={"training_history": ranked.parent.name},
+        )
+    (report,) = trained_project.versions("08_reporting", "walk", "ce", "report.txt")
+    assert "seed 42" in " ".join(report.read_text().split())
 
 
 def test_a_report_on_data_that_was_made_since_is_refused(trained_project):

@@ -13,7 +13,13 @@ from sce_pipeline.evaluation.metrics import measure
 from sce_pipeline.evaluation.rankers import rank_with_model, rank_with_popularity
 from sce_pipeline.models import load_model
 from sce_pipeline.parameters import DataProcessingParameters, EvaluationParameters
-from sce_pipeline.provenance import ITEM_STAMP, check_stamp, read_item_stamp, read_stamp
+from sce_pipeline.provenance import (
+    ITEM_STAMP,
+    check_stamp,
+    read_item_stamp,
+    read_stamp,
+    stamp_weights,
+)
 from sce_pipeline.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
@@ -29,7 +35,7 @@ def rank_items(
     """Rank all items for every test user by the trained model.
 
     The model is that of the weights' training history, whatever this run would train. The rankings
-    say which items they number.
+    say which items they number and which weights ranked.
 
     Raises:
         ValueError: The sequences are not those that this run asks for or that the weights were
@@ -43,7 +49,11 @@ def rank_items(
     rankings = rank_with_model(
         model, test_sequences, max(evaluation.cutoffs), evaluation.filter_seen
     )
-    return {**rankings, ITEM_STAMP: test_sequences[ITEM_STAMP]}
+    return {
+        **rankings,
+        ITEM_STAMP: test_sequences[ITEM_STAMP],
+        **stamp_weights(record.version),
+    }
 
 
 def rank_by_popularity(

@@ -16,7 +16,7 @@ from sce_pipeline.pipelines.reporting.tables import (
     tabulate_examples,
     tabulate_metrics,
 )
-from sce_pipeline.provenance import ITEM_STAMP, fingerprint_texts
+from sce_pipeline.provenance import ITEM_STAMP, WEIGHTS_STAMP, fingerprint_texts
 
 N_EXAMPLES = 10
 """Users whose recommendations are shown."""
@@ -30,6 +30,7 @@ def show_recommendations(
     test_sequences: dict[str, np.ndarray],
     items: pl.DataFrame,
     users: pl.DataFrame,
+    training_history: dict[str, Any],
 ) -> pl.DataFrame:
     """Write out by title what some test users had, are recommended, and took next.
 
@@ -40,8 +41,10 @@ def show_recommendations(
         each, the latest and the best first), ``took`` (title and rank of the target).
 
     Raises:
-        ValueError: The rankings are of other items or users than the data of now.
+        ValueError: The rankings are of other items or users than the data of now, or of other
+            weights than the training history, beside which they would be reported.
     """
+    _check_weights(test_rankings, training_history["version"])
     items = items.sort("item")
     _check_rankings(test_rankings, test_sequences, items)
     titles = items.select(pl.coalesce("title", "itemid")).to_series().to_list()
@@ -69,6 +72,22 @@ def show_recommendations(
             }
         )
     return pl.DataFrame(rows)
+
+
+def _check_weights(test_rankings: dict[str, np.ndarray], trained: str) -> None:
+    """Check that rankings are by the weights of a version, as others may be trained since."""
+    if WEIGHTS_STAMP not in test_rankings:
+        raise ValueError(
+            "test_rankings does not say which weights ranked, as an earlier version of "
+            "sce_pipeline made it; run the pipeline evaluation again"
+        )
+    ranked = test_rankings[WEIGHTS_STAMP].tobytes().decode()
+    if ranked != trained:
+        raise ValueError(
+            f"test_rankings is of the weights {ranked}, but training_history of {trained}, so that "
+            "a report would mix two runs; run the pipelines evaluation and reporting, or report "
+            f"on the weights that ranked with --load-versions training_history:{ranked}"
+        )
 
 
 def _check_rankings(

@@ -45,7 +45,7 @@ def create_pipeline() -> Pipeline:
             Node(plot_metrics, inputs="metrics", outputs="metrics_figure", name="plot_metrics"),
             Node(
                 show_recommendations,
-                inputs=["test_rankings", "test_sequences", "items", "users"],
+                inputs=["test_rankings", "test_sequences", "items", "users", "training_history"],
                 outputs="example_recommendations",
                 name="show_recommendations",
             ),
