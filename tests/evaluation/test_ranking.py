@@ -19,6 +19,7 @@ from sce_pipeline.evaluation.ranking import (
     join_rankings,
     rank_all,
     rank_block,
+    seen_by,
 )
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -220,6 +221,25 @@ def test_rankings_are_joined_in_order():
     joined = join_rankings([first, second])
     assert joined.target_ranks.tolist() == [1, 2, 3]
     assert joined.top_items.tolist() == [[0, 1], [0, 1], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    "users",
+    [slice(0, 4), slice(1, 3), slice(2, 9), slice(2, 2), [3, 0, 0], [1], []],
+    ids=str,
+)
+def test_what_some_users_have_seen_is_picked_in_their_order(users):
+    rows = [[7, 1], [], [5], [2, 8, 9]]
+    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    seen = torch.tensor([item for row in rows for item in row]), offsets
+    if isinstance(users, slice):
+        chosen = rows[users]
+    else:
+        chosen, users = [rows[user] for user in users], torch.tensor(users, dtype=torch.int64)
+    items, cut = seen_by(seen, users)
+    assert items.tolist() == [item for row in chosen for item in row]
+    assert cut.tolist() == [0, *np.cumsum([len(row) for row in chosen])]
+    assert seen_by(None, users) is None
 
 
 def test_no_user_gives_an_empty_ranking():

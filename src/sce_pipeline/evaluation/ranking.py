@@ -404,6 +404,27 @@ def cut_seen(
     ]
 
 
+def seen_by(
+    seen: tuple[Tensor, Tensor] | None, users: slice | Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Pick the items to leave out of some users, in the order in which these are given.
+
+    Args:
+        seen: Items and offsets, these on the CPU, of all users; None leaves out nothing.
+        users: Rows of these users, a slice or int64 on the CPU.
+
+    Returns:
+        Items and offsets of the users alone, or None.
+    """
+    if seen is None:
+        return None
+    items, offsets = seen
+    lengths = offsets.diff()[users]
+    cut = F.pad(lengths.cumsum(0), (1, 0))
+    shifts = torch.repeat_interleave(offsets[:-1][users] - cut[:-1], lengths)
+    return items[(torch.arange(len(shifts)) + shifts).to(items.device)], cut
+
+
 def _leave_out(scores: Tensor, rows: Tensor, items: Tensor, shard: Shard | None) -> None:
     """Put seen items, numbered from the first of the shard, below all others."""
     if shard is None:

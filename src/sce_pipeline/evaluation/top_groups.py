@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sce_pipeline.evaluation.ranking import LEFT_OUT, NO_ITEM, TopItems, cut_seen, first_items
+from sce_pipeline.evaluation.ranking import (
+    LEFT_OUT,
+    NO_ITEM,
+    TopItems,
+    cut_seen,
+    first_items,
+    seen_by,
+)
 from sce_pipeline.evaluation.top_items import SCORES_AT_ONCE, find_among_all
 from sce_pipeline.losses.kernels.group_maxima import GROUP, group_maxima, products_of_groups
 
@@ -63,21 +70,13 @@ def find_by_groups(
         counts = chosen.sum(dim=1)
         widest, total = torch.stack([counts.amax(), counts.sum()]).tolist()  # waits for the device
         if total > MOST_GROUPS * chosen.numel():
-            found = find_among_all(states, catalogue.table, _seen_by(seen, users), k, excluded)
+            found = find_among_all(states, catalogue.table, seen_by(seen, users), k, excluded)
             top.items[users], top.scores[users] = found.items, found.scores
             continue
         top.items[users], top.scores[users] = _search(
             catalogue, states, chosen, widest, left_out[block] if left_out else None, k
         )
     return top
-
-
-def _seen_by(seen: tuple[Tensor, Tensor] | None, users: slice) -> tuple[Tensor, Tensor] | None:
-    if seen is None:
-        return None
-    items, offsets = seen
-    cut = offsets[users.start : users.stop + 1]
-    return items[cut[0] : cut[-1]], cut - cut[0]
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ from math import ceil
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems
+from sce_pipeline.evaluation.ranking import NO_ITEM, TopItems, seen_by
 from sce_pipeline.evaluation.top_items import find_top_items
 from sce_pipeline.recommendation.item_index import ItemIndex
 
@@ -66,8 +65,8 @@ def find_near_top_items(
     top = TopItems(items, scores, finite)
     short = (items[:, k - 1] == NO_ITEM).nonzero()[:, 0]
     if len(short):
-        left = None if seen is None else _seen_by(seen, short.cpu())
-        exact = find_top_items(hidden[short], item_embeddings, left, k, excluded)
+        left_out = seen_by(seen, short.cpu())
+        exact = find_top_items(hidden[short], item_embeddings, left_out, k, excluded)
         top.items[short], top.scores[short] = exact.items, exact.scores
         top.finite[short] = exact.finite
     return top
@@ -116,12 +115,3 @@ def _order(items: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     scores, by_score = scores.gather(1, by_number).sort(dim=1, descending=True, stable=True)
     items = items.gather(1, by_score).masked_fill_(scores == -torch.inf, NO_ITEM)
     return items[:, :k], scores[:, :k]
-
-
-def _seen_by(seen: Seen, users: Tensor) -> Seen:
-    """Cut out the seen items of some users."""
-    items, offsets = seen
-    lengths = offsets.diff()[users]
-    cut = F.pad(lengths.cumsum(0), (1, 0))
-    shifts = torch.repeat_interleave(offsets[users] - cut[:-1], lengths)
-    return items[(torch.arange(len(shifts)) + shifts).to(items.device)], cut
