@@ -102,9 +102,9 @@ def make_suggestion(seconds, need=None, **training):
 
 def test_what_was_changed_of_a_preset_is_part_of_the_settings():
     found = make_suggestion({"cce": 100.0, "cce_minus": 10.0})["recommendation"]
-    assert found["settings"] == {"training.loss.n_negatives": 1023}
+    assert found["settings"] == {"training.loss.n_negatives": 4095}
     assert found["command"] == (
-        "kedro run --params dataset=shop,loss=cce_minus,training.loss.n_negatives=1023"
+        "kedro run --params dataset=shop,loss=cce_minus,training.loss.n_negatives=4095"
     )
     own = {"loss": {**PRESETS["cce_minus"], "n_negatives": 7}}
     found = make_suggestion({"cce": 100.0, "cce_minus": 10.0}, **own)["recommendation"]
@@ -129,14 +129,14 @@ def test_where_nothing_fits_the_settings_are_those_that_the_need_leads_to():
 
 def test_the_report_has_every_loss_with_its_parts_and_the_reason(caplog):
     caplog.set_level(logging.INFO)
-    suggestion = make_suggestion({"cce": 12.0, "ce": None, "sce": 10.0}, batch_tokens=25_600)
+    suggestion = make_suggestion({"cce": 12.0, "ce": None, "cce_minus": 10.0}, batch_tokens=25_600)
     json.dumps(suggestion)
     report = report_suggestion(suggestion)
     lines = [" ".join(line.split()) for line in report.splitlines()]
     assert "cce 12.0 21.0 1.0 2.0 3.0 4.0 5.0 6.0" in lines
     assert "ce does not fit" in lines
     assert "173,511 items, 25,600 tokens a step, 71,680 MB free" in " ".join(lines)
-    assert "1.20 times as long as with sce" in " ".join(lines)
+    assert "1.20 times as long as with cce_minus" in " ".join(lines)
     assert "…" not in report
     assert max(map(len, report.splitlines())) <= 80
     assert "shop: cce, since it is exact" in caplog.text

@@ -62,7 +62,7 @@ class SuggestionParameters(Parameters):
     """Which losses are tried for a suggestion, and which one is suggested.
 
     ``changes`` are laid over the presets of ``losses``, by their names. An exact loss is suggested
-    where its epoch takes at most ``max_slowdown`` times as long as the fastest one's.
+    where its epoch takes at most ``max_slowdown`` times as long as one of CCE⁻.
     """
 
     losses: LossNames

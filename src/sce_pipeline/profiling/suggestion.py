@@ -16,8 +16,8 @@ from sce_pipeline.profiling.steps import Cost
 EXACT = ("cce", "ce")
 """Losses that are the cross-entropy over all items, the first one first."""
 
-SCALABLE = ("cce_minus", "sce")
-"""Losses for catalogues that are too large for those."""
+NEAREST = "cce_minus"
+"""The loss that, with thousands of negatives, ranked most like those at every size tried."""
 
 COPIES = 4
 """Of a weight: itself, its gradient and Adam's moments."""
@@ -67,8 +67,9 @@ class Need(NamedTuple):
 def choose_loss(costs: Mapping[str, Cost | None], max_slowdown: float) -> Choice | None:
     """Return the loss to train with, None if none fits.
 
-    An exact one whose epoch takes at most ``max_slowdown`` times as long as the fastest one's; else
-    the faster one of those that scale; else an exact one that is slow, and else the fastest.
+    The faster exact one, unless its epoch takes more than ``max_slowdown`` times as long as one of
+    CCE⁻, which is chosen then. How fast other losses are says nothing, as long as one of these two
+    fits: they may rank far worse.
 
     Args:
         costs: What steps of each loss cost, None where they do not fit.
@@ -77,28 +78,15 @@ def choose_loss(costs: Mapping[str, Cost | None], max_slowdown: float) -> Choice
     seconds = {name: cost.epoch_seconds for name, cost in costs.items() if cost is not None}
     if not seconds:
         return None
+    exact = min((name for name in EXACT if name in seconds), key=seconds.__getitem__, default=None)
+    if exact is not None and NEAREST in seconds:
+        return _weigh(exact, seconds[exact] / seconds[NEAREST], max_slowdown)
+    if exact is not None:
+        return Choice(exact, f"it is exact, over all items, and {_absence(NEAREST, costs)}")
+    why_not = f"of the exact losses, {' and '.join(_absence(name, costs) for name in EXACT)}"
+    if NEAREST in seconds:
+        return Choice(NEAREST, f"{why_not}; with many negatives {NEAREST} ranks much like these")
     fastest = min(seconds, key=seconds.__getitem__)
-    slowdown = {name: seconds[name] / seconds[fastest] for name in seconds}
-    exact = [name for name in EXACT if name in seconds]
-    for name in exact:
-        if name == fastest:
-            return Choice(name, "it is exact, over all items, and no other loss is faster here")
-        if slowdown[name] <= max_slowdown:
-            return Choice(
-                name,
-                f"it is exact, over all items, and an epoch takes {slowdown[name]:.2f} times as "
-                f"long as with {fastest}, the fastest; up to {max_slowdown:g} times is worth it",
-            )
-    why_not = _why_not_exact(costs, slowdown, fastest, max_slowdown)
-    scalable = [name for name in SCALABLE if name in seconds]
-    if scalable:
-        name = min(scalable, key=seconds.__getitem__)
-        others = [other for other in scalable if other != name]
-        faster = f" and is faster here than {others[0]}" if others else ""
-        return Choice(name, f"{why_not}; {name} scales with the catalogue{faster}")
-    if exact:
-        name = min(exact, key=seconds.__getitem__)
-        return Choice(name, f"{why_not}, but neither {' nor '.join(SCALABLE)} fits here")
     return Choice(fastest, f"{why_not}; {fastest} is the fastest loss that fits")
 
 
@@ -158,23 +146,20 @@ def explain_sizes(need: Need, settings: Mapping[str, Any] | None) -> str:
     return f"{why}; {', and '.join(remedies)}"
 
 
-def _why_not_exact(
-    costs: Mapping[str, Cost | None],
-    slowdown: Mapping[str, float],
-    fastest: str,
-    max_slowdown: float,
-) -> str:
-    """Say why no exact loss was chosen."""
-    reasons = []
-    for name in EXACT:
-        if name in slowdown:
-            times = f"{slowdown[name]:.2f} times as long as {fastest}"
-            reasons.append(f"{name} takes {times}, more than {max_slowdown:g}")
-        elif name in costs:
-            reasons.append(f"{name} does not fit")
-        else:
-            reasons.append(f"{name} was not tried")
-    return f"of the exact losses, {' and '.join(reasons)}"
+def _weigh(exact: str, slowdown: float, max_slowdown: float) -> Choice:
+    """Choose between an exact loss and what ranks much like it, by how much slower it is."""
+    if slowdown <= 1:
+        return Choice(exact, f"it is exact, over all items, and no slower than {NEAREST} here")
+    times = f"{slowdown:.2f} times as long as with {NEAREST}"
+    if slowdown <= max_slowdown:
+        why = f"it is exact, over all items, and an epoch takes {times}"
+        return Choice(exact, f"{why}; up to {max_slowdown:g} times is worth it")
+    why = f"an epoch with {exact}, which is exact, takes {times}, more than {max_slowdown:g}"
+    return Choice(NEAREST, f"{why}; with many negatives {NEAREST} ranks much like it")
+
+
+def _absence(loss: str, costs: Mapping[str, Cost | None]) -> str:
+    return f"{loss} {'does not fit' if loss in costs else 'was not tried'}"
 
 
 def _doubling(most: int) -> Iterator[int]:
