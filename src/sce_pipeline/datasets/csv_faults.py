@@ -28,7 +28,7 @@ def find_fault(file: Path) -> str | None:
     """
     try:
         with open_log(file) as stream:
-            return _first_fault(_records(stream))
+            return _first_fault(read_records(stream))
     except (OSError, EOFError, zlib.error):  # a damaged archive, which its reader has told
         return None
 
@@ -36,7 +36,7 @@ def find_fault(file: Path) -> str | None:
 def find_header_fault(file: Path) -> str | None:
     """Do the same for the header alone: a quote amid it would hide the rows below it."""
     with open_log(file) as stream:
-        records = dropwhile(lambda record: not record[1].strip(b"\r\n"), _records(stream))
+        records = dropwhile(lambda record: not record[1].strip(b"\r\n"), read_records(stream))
         return _first_fault(islice(records, 1))
 
 
@@ -49,7 +49,7 @@ def open_log(file: Path) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", stream)
 
 
-def _records(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def read_records(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield the line at which each record begins, and the record with the lines it is quoted over.
 
     A record that is longer than any should be is cut, and is the last.
