@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 from kedro.io import DatasetError
 from polars.exceptions import PanicException, PolarsError
@@ -19,6 +20,7 @@ from sce_pipeline.interactions.rejections import MISPLACED_QUOTE, NOT_UTF_8, TOO
 _BLOCK = 2**23  # bytes that are read at once; what is parsed at once is at most some times as much
 _SHOWN = 1000  # characters of a malformed record that are handed on
 
+_BEYOND_ASCII = 0x80
 _DELIMITER = re.compile(rb"[,\n]")
 _QUOTE_OR_DELIMITER = re.compile(rb'[",\n]')
 
@@ -123,14 +125,21 @@ def _tabulate(found: _Records) -> pl.DataFrame:
 
 def _set_aside(text: bytes, n_columns: int, is_last: bool) -> _Records:
     """Tell the records of a text apart, up to the last that ends in it."""
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
+    starts = np.concatenate([[0], ends])
+    stop = int(starts[-1])
     sound: list[bytes] = []
     malformed: dict[int, tuple[str, str]] = {}
-    n_rows = start = sound_start = 0
-    while start < len(text):
-        line_end = text.find(b"\n", start) + 1
-        found = _end_of_record(text, start, line_end, n_columns) if line_end else None
-        if found is None and not is_last and (not line_end or len(text) - start < LONGEST_RECORD):
-            break  # its end is still to be read
+    n_rows = line = sound_start = 0
+    for suspect in _suspects(text, ends, n_columns).tolist():
+        if suspect < line:  # one of the lines of the last record
+            continue
+        start, line_end = int(starts[suspect]), int(ends[suspect])
+        n_rows, line = n_rows + suspect - line, suspect
+        found = _end_of_record(text, start, line_end, n_columns)
+        if found is None and not is_last and len(text) - start < LONGEST_RECORD:
+            stop = start  # its end is still to be read
+            break
         end, reason = found or (line_end, MISPLACED_QUOTE)
         record = text[start:end]
         if reason is None and not _is_utf_8(record):
@@ -140,10 +149,22 @@ def _set_aside(text: bytes, n_columns: int, is_last: bool) -> _Records:
             malformed[n_rows] = (reason, shown[:_SHOWN])
             sound += [text[sound_start:start], b"\n"]
             sound_start = end
-        n_rows += 1
-        start = end
-    sound.append(text[sound_start:start])
-    return _Records(b"".join(sound), n_rows, malformed, text[start:])
+        n_rows, line = n_rows + 1, line + record.count(b"\n")
+    else:
+        n_rows += len(ends) - line
+    sound.append(text[sound_start:stop])
+    return _Records(b"".join(sound), n_rows, malformed, text[stop:])
+
+
+def _suspects(text: bytes, ends: np.ndarray, n_columns: int) -> np.ndarray:
+    """Number the lines with a quote, with bytes beyond ASCII or with too many commas."""
+    characters = np.frombuffer(text, np.uint8)
+    commas = np.searchsorted(np.flatnonzero(characters == ord(",")), ends)
+    special = np.flatnonzero((characters == ord('"')) | (characters >= _BEYOND_ASCII))
+    is_suspect = np.diff(commas, prepend=0) >= n_columns
+    lines = np.searchsorted(ends, special, side="right")
+    is_suspect[lines[lines < len(ends)]] = True
+    return np.flatnonzero(is_suspect)
 
 
 def _end_of_record(
