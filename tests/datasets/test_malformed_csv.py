@@ -215,7 +215,7 @@ def test_a_sound_log_has_nothing_to_tell(load):
 
 @pytest.mark.parametrize("name", ["row", "malformed", "malformed_record"])
 def test_names_that_are_given_here_are_refused(load, name):
-    with pytest.raises(DatasetError, match=f"rename its column '{name}', here the name of "):
+    with pytest.raises(DatasetError, match=f"rename its column '{name}', here "):
         load(b"user,%s\n1,2\n" % name.encode())
 
 

@@ -20,7 +20,7 @@ from sce_pipeline.datasets.csv_faults import LONGEST_RECORD, find_fault, find_he
 from sce_pipeline.datasets.gzip_bombs import find_long_record
 from sce_pipeline.datasets.malformed_csv import read_around_malformed
 from sce_pipeline.datasets.parquet_bombs import find_bomb
-from sce_pipeline.interactions.columns import ADDED, MALFORMED, MALFORMED_RECORD, ROW
+from sce_pipeline.interactions.columns import MALFORMED, MALFORMED_RECORD, ROW
 
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # which begins like UTF-16
@@ -168,10 +168,12 @@ def require_free_names(names: list[str], set_aside_malformed: bool, table: str) 
     Raises:
         DatasetError: It has one.
     """
-    for name in ADDED if set_aside_malformed else (ROW,):
+    if ROW in names:
+        raise DatasetError(f"{table}: rename its column {ROW!r}, here the name of row numbers")
+    for name in (MALFORMED, MALFORMED_RECORD) if set_aside_malformed else ():
         if name in names:
             raise DatasetError(
-                f"{table}: rename its column {name!r}, here the name of {ADDED[name]}"
+                f"{table}: rename its column {name!r}, here a name for what is malformed"
             )
 
 

@@ -17,11 +17,7 @@ MALFORMED = "malformed"
 MALFORMED_RECORD = "malformed_record"
 """The text of such a record, or the beginning of it."""
 
-ADDED = {
-    ROW: "row numbers",
-    MALFORMED: "what is wrong with a record",
-    MALFORMED_RECORD: "the text of malformed records",
-}
+ADDED = (ROW, MALFORMED, MALFORMED_RECORD)
 """The columns that are no user's, but may be added to a table by whoever reads it."""
 
 _LARGEST_EXACT = {True: 2.0**24, False: 2.0**53}
