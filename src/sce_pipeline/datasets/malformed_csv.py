@@ -21,6 +21,7 @@ _BLOCK = 2**23  # bytes that are read at once; what is parsed at once is at most
 _SHOWN = 1000  # characters of a malformed record that are handed on
 
 _BEYOND_ASCII = 0x80
+_AROUND_VALUES = np.frombuffer(b',\n"', np.uint8)  # a quote beside another stands for one
 _DELIMITER = re.compile(rb"[,\n]")
 _QUOTE_OR_DELIMITER = re.compile(rb'[",\n]')
 
@@ -44,8 +45,8 @@ class _Records(NamedTuple):
 def read_around_malformed(file: Path) -> Iterator[pl.DataFrame]:
     """Read a file part after part, in memory for some parts, whatever is wrong with its records.
 
-    Polars reads the parts. Records are told apart one by one only in those that it cannot read, and
-    in those with line breaks in quotes. A quote that is misplaced, or that nothing closes, costs
+    Polars reads the parts. Only in those that it cannot read, lines that may be at fault are looked
+    at one by one. A quote that is misplaced, or that nothing closes, costs
     the line at which it stands: reading goes on at the next. Quotes amid the values of a record are
     part of them where their number is even, as Polars has it.
 
@@ -99,20 +100,31 @@ def _read_part(
     header: bytes, text: bytes, n_columns: int, is_last: bool
 ) -> tuple[pl.DataFrame, bytes]:
     """Read the records that end in a text, and return what is left of it."""
-    end = text.rfind(b"\n") + 1
-    records = text[:end]
-    try:
-        frame = pl.read_csv(header + records, infer_schema=False)
-    except (PolarsError, PanicException):
-        pass
-    else:
-        if len(frame) == records.count(b"\n"):  # no quotes hide a line
-            null = pl.lit(None, pl.String)
-            sound = frame.with_columns(null.alias(MALFORMED), null.alias(MALFORMED_RECORD))
-            return sound, text[end:]
+    quotes, ends = _find_all(b'"', text), _find_all(b"\n", text) + 1
+    outside = ends[np.searchsorted(quotes, ends) % 2 == 0]
+    end = int(outside[-1]) if len(outside) else 0
+    frame = None if end == 0 or (is_last and end < len(text)) else _try(header + text[:end])
+    quotes = quotes[quotes < end]
+    if frame is not None and (
+        len(frame) == text.count(b"\n", 0, end)  # no quotes hide a line
+        or (
+            len(frame) == len(outside)
+            and not _are_misplaced(text, quotes, np.zeros_like(quotes)).any()
+        )
+    ):
+        null = pl.lit(None, pl.String)
+        sound = frame.with_columns(null.alias(MALFORMED), null.alias(MALFORMED_RECORD))
+        return sound, text[end:]
     found = _set_aside(text, n_columns, is_last)
     frame = pl.read_csv(header + found.sound, infer_schema=False)
     return pl.concat([frame, _tabulate(found)], how="horizontal"), found.rest
+
+
+def _try(content: bytes) -> pl.DataFrame | None:
+    try:
+        return pl.read_csv(content, infer_schema=False)
+    except (PolarsError, PanicException):
+        return None
 
 
 def _tabulate(found: _Records) -> pl.DataFrame:
@@ -125,7 +137,7 @@ def _tabulate(found: _Records) -> pl.DataFrame:
 
 def _set_aside(text: bytes, n_columns: int, is_last: bool) -> _Records:
     """Tell the records of a text apart, up to the last that ends in it."""
-    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
+    ends = _find_all(b"\n", text) + 1
     starts = np.concatenate([[0], ends])
     stop = int(starts[-1])
     sound: list[bytes] = []
@@ -157,14 +169,43 @@ def _set_aside(text: bytes, n_columns: int, is_last: bool) -> _Records:
 
 
 def _suspects(text: bytes, ends: np.ndarray, n_columns: int) -> np.ndarray:
-    """Number the lines with a quote, with bytes beyond ASCII or with too many commas."""
-    characters = np.frombuffer(text, np.uint8)
-    commas = np.searchsorted(np.flatnonzero(characters == ord(",")), ends)
-    special = np.flatnonzero((characters == ord('"')) | (characters >= _BEYOND_ASCII))
-    is_suspect = np.diff(commas, prepend=0) >= n_columns
-    lines = np.searchsorted(ends, special, side="right")
+    """Number the lines that may be no sound record: all others are one, if one begins there.
+
+    They have too many commas, bytes beyond ASCII, or quotes that are not those of whole values.
+    """
+    commas = np.diff(np.searchsorted(_find_all(b",", text), ends), prepend=0)
+    quotes = _find_all(b'"', text)
+    line_of = np.searchsorted(ends, quotes, side="right")
+    quotes, line_of = quotes[line_of < len(ends)], line_of[line_of < len(ends)]
+    quotes_before = np.searchsorted(quotes, ends)
+    n_quotes = np.diff(quotes_before, prepend=0)
+    is_suspect = (commas >= n_columns) | (n_quotes % 2 == 1)
+    first = (quotes_before - n_quotes)[line_of]
+    is_suspect[line_of[_are_misplaced(text, quotes, first)]] = True
+    foreign = np.flatnonzero(np.frombuffer(text, np.uint8) >= _BEYOND_ASCII)
+    lines = np.searchsorted(ends, foreign, side="right")
     is_suspect[lines[lines < len(ends)]] = True
     return np.flatnonzero(is_suspect)
+
+
+def _are_misplaced(text: bytes, quotes: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Tell the quotes that neither open nor close a whole value, nor stand for a quote in one.
+
+    Args:
+        text: What they stand in.
+        quotes: Their places.
+        first: The number, for each, of the first that belongs to the same record: this one opens a
+            value, the next closes it, and so on.
+    """
+    characters = np.frombuffer(b"\n" + text + b"\n\n", np.uint8)
+    before, after, later = (characters[quotes + shift] for shift in (0, 2, 3))
+    opens = (np.arange(len(quotes)) - first) % 2 == 0
+    ends_value = np.isin(after, _AROUND_VALUES) | ((after == ord("\r")) & (later == ord("\n")))
+    return ~np.where(opens, np.isin(before, _AROUND_VALUES), ends_value)
+
+
+def _find_all(character: bytes, text: bytes) -> np.ndarray:
+    return np.flatnonzero(np.frombuffer(text, np.uint8) == ord(character))
 
 
 def _end_of_record(
