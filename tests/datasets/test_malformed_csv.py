@@ -201,7 +201,7 @@ def test_a_line_without_end_is_refused_as_ever(load, monkeypatch, suffix):
 def test_an_archive_that_is_damaged_behind_a_malformed_record_is_refused(load):
     content = HEADER + b"".join(b"%d,%d,%d\n" % (row, row * row, row) for row in range(100_000))
     packed = gzip.compress(content.replace(b"\n7,", b'\n7,",'))
-    with pytest.raises(DatasetError, match="Cannot read"):
+    with pytest.raises(DatasetError, match=r"Cannot read .*log\.csv\.gz: Compressed file ended"):
         load(packed[:-1000], ".csv.gz").collect()
 
 

@@ -1,4 +1,4 @@
-"""Gzipped logs with a record that fills the memory, found before anything has to hold it."""
+"""Logs with a record that fills the memory, found before anything has to hold it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find_long_record(file: Path, size: int) -> int | None:
     of its last member alone, modulo 2^32, and a thousandth of a record's size can unpack to it.
 
     Args:
-        file: Of text, gzipped in one member or several.
+        file: Of text, plain or gzipped in one member or several.
         size: Records may be larger by less than 1 MB unnoticed, since only those are looked at that
             are open where a block of the file ends. Line breaks in quotes end no record.
 

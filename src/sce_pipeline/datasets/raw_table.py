@@ -239,7 +239,7 @@ def _scan_around_malformed(file: Path, schema: pl.Schema) -> pl.LazyFrame:
         columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, _size: int | None
     ) -> Iterator[pl.DataFrame]:
         names = list(schema) if columns is None else columns
-        with _naming(file):
+        with _naming(file, of_records=False):
             for part in read_around_malformed(file):
                 found = part if n_rows is None else part.filter(pl.col(ROW) < n_rows)
                 found = found if predicate is None else found.filter(predicate)
@@ -317,10 +317,11 @@ def _find_long_record(file: Path, also_plain: bool) -> str | None:
 
 
 @contextmanager
-def _naming(file: Path) -> Iterator[None]:
+def _naming(file: Path, *, of_records: bool = True) -> Iterator[None]:
+    """Name a file in errors, and its first malformed record where errors may be of records."""
     try:
         yield
     except (PolarsError, PanicException, OSError, EOFError, zlib.error) as error:
-        fault = None if file.suffix == ".parquet" else find_fault(file)
+        fault = find_fault(file) if of_records and file.suffix != ".parquet" else None
         reason = str(error).strip().partition("\n\n")[0]  # what follows is advice about Polars
         raise DatasetError(f"Cannot read {file}: {fault or reason}") from error
