@@ -32,7 +32,7 @@ def find_long_record(file: Path, size: int) -> int | None:
         while block := stream.read(min(_BLOCK, size)):
             is_quoted ^= block.count(b'"') % 2 == 1
             n_lines += block.count(b"\n")
-            if end := _end_of_records(block, is_quoted):
+            if end := end_of_records(block, is_quoted):
                 first, n_open = n_lines - block.count(b"\n", end) + 1, -end
             n_open += len(block)
             if n_open >= size:
@@ -40,7 +40,7 @@ def find_long_record(file: Path, size: int) -> int | None:
     return None
 
 
-def _end_of_records(block: bytes, is_quoted: bool) -> int:
+def end_of_records(block: bytes, is_quoted: bool) -> int:
     """Return the place after the last record that ends in a block, 0 if none does.
 
     It is looked for backwards from the block's end, which is within quotes or not.

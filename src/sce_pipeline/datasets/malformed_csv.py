@@ -14,6 +14,7 @@ from kedro.io import DatasetError
 from polars.exceptions import PanicException, PolarsError
 
 from sce_pipeline.datasets.csv_faults import LONGEST_RECORD, open_log, read_records
+from sce_pipeline.datasets.gzip_bombs import end_of_records
 from sce_pipeline.interactions.columns import MALFORMED, MALFORMED_RECORD, ROW
 from sce_pipeline.interactions.rejections import MISPLACED_QUOTE, NOT_UTF_8, TOO_MANY_VALUES
 
@@ -46,9 +47,9 @@ def read_around_malformed(file: Path) -> Iterator[pl.DataFrame]:
     """Read a file part after part, in memory for some parts, whatever is wrong with its records.
 
     Polars reads the parts. Only in those that it cannot read, lines that may be at fault are looked
-    at one by one. A quote that is misplaced, or that nothing closes, costs
-    the line at which it stands: reading goes on at the next. Quotes amid the values of a record are
-    part of them where their number is even, as Polars has it.
+    at one by one. A quote that is misplaced, or that nothing closes, costs the line at which it
+    stands: reading goes on at the next. Quotes amid the values of a record are part of them where
+    their number is even, as Polars has it.
 
     Args:
         file: With a sound header, plain or gzipped.
@@ -100,31 +101,30 @@ def _read_part(
     header: bytes, text: bytes, n_columns: int, is_last: bool
 ) -> tuple[pl.DataFrame, bytes]:
     """Read the records that end in a text, and return what is left of it."""
-    quotes, ends = _find_all(b'"', text), _find_all(b"\n", text) + 1
-    outside = ends[np.searchsorted(quotes, ends) % 2 == 0]
-    end = int(outside[-1]) if len(outside) else 0
-    frame = None if end == 0 or (is_last and end < len(text)) else _try(header + text[:end])
-    quotes = quotes[quotes < end]
-    if frame is not None and (
-        len(frame) == text.count(b"\n", 0, end)  # no quotes hide a line
-        or (
-            len(frame) == len(outside)
-            and not _are_misplaced(text, quotes, np.zeros_like(quotes)).any()
-        )
-    ):
+    end = end_of_records(text, is_quoted=text.count(b'"') % 2 == 1)
+    if (end == len(text) if is_last else end > 0) and (
+        frame := _read_if_sound(header, text[:end])
+    ) is not None:
         null = pl.lit(None, pl.String)
-        sound = frame.with_columns(null.alias(MALFORMED), null.alias(MALFORMED_RECORD))
-        return sound, text[end:]
+        told = frame.with_columns(null.alias(MALFORMED), null.alias(MALFORMED_RECORD))
+        return told, text[end:]
     found = _set_aside(text, n_columns, is_last)
     frame = pl.read_csv(header + found.sound, infer_schema=False)
     return pl.concat([frame, _tabulate(found)], how="horizontal"), found.rest
 
 
-def _try(content: bytes) -> pl.DataFrame | None:
+def _read_if_sound(header: bytes, text: bytes) -> pl.DataFrame | None:
+    """Read whole records; None if Polars cannot, or if a misplaced quote may hide some of them."""
     try:
-        return pl.read_csv(content, infer_schema=False)
+        frame = pl.read_csv(header + text, infer_schema=False)
     except (PolarsError, PanicException):
         return None
+    if len(frame) == text.count(b"\n"):  # no quotes hide a line
+        return frame
+    quotes, ends = _find_all(b'"', text), _find_all(b"\n", text)
+    n_records = np.count_nonzero(np.searchsorted(quotes, ends) % 2 == 0)
+    is_sound = not _are_misplaced(text, quotes, np.zeros_like(quotes)).any()
+    return frame if is_sound and len(frame) == n_records else None
 
 
 def _tabulate(found: _Records) -> pl.DataFrame:
