@@ -171,6 +171,33 @@ def test_malformed_records_are_told_in_any_number_at_any_block_size(read, record
     assert found.equals(whole)
 
 
+def test_a_quote_amid_a_value_leaves_no_line_break_in_quotes(read):
+    found = read(HEADER + SOUND[0] + b'u"1,"a\nb",x"\n' + SOUND[0])
+    assert found.select("user", "item", "malformed_record").rows() == [
+        ("u0", "i0", None),
+        (None, None, 'u"1,"a'),
+        ('b"', 'x"', None),
+        ("u0", "i0", None),
+    ]
+
+
+def test_quotes_that_polars_takes_but_that_may_hide_lines_are_told_at_any_block_size(read):
+    content = b"a,b\n" + b'x"y"","1,2\n\r"a""\n\0"p\nq",2\n,",,"'
+    whole = read(content)
+    assert whole["malformed_record"][0] == 'x"y"","1,2'
+    for block in (1, 2, 3, 7, 20):
+        assert read(content, block).equals(whole)
+
+
+def test_no_more_is_held_than_a_record_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(malformed_csv, "_BLOCK", 100)
+    monkeypatch.setattr(malformed_csv, "LONGEST_RECORD", 1000)
+    (tmp_path / "any.csv").write_bytes(HEADER + b'u,"i,x\n' + b"1,2,3\n" * 1000)
+    parts = [len(part) for part in read_around_malformed(tmp_path / "any.csv")]
+    assert sum(parts) == 1001
+    assert max(parts) < 200
+
+
 def test_a_long_record_is_shown_by_its_beginning(read):
     found = read(HEADER + b"u,i,%s,y\n" % (b"\xc3\xa9" * 5000) + b"u,i,%s,y\n" % (b"\xff" * 5000))
     assert [len(text) for text in found["malformed_record"]] == [1000, 1000]
