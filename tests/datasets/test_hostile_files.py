@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -23,40 +24,48 @@ COLUMNS = Columns(user="userid", item="itemid", timestamp="timestamp")
 
 def read_and_clean(folder):
     """Return rows kept and rows set aside, as tuples, and the report."""
-    table = RawTableDataset(filepath=str(folder / "interactions")).load()
+    table = RawTableDataset(filepath=str(folder / "interactions"), set_aside_malformed=True).load()
     kept, rejected, report = clean_interactions(nw.from_native(table), COLUMNS)
     kept = kept.to_native().collect().select("row", "user", "item", "timestamp")
     rejected = rejected.to_native().collect()
-    assert rejected.columns == ["data_row", "user", "item", "timestamp", "reason"]
+    assert rejected.columns == ["data_row", "user", "item", "timestamp", "reason", "record"]
     places = sorted(kept["row"].to_list() + [row - 1 for row in rejected["data_row"]])
     assert places == list(range(report["raw"]["rows"]))
     return kept.rows(), rejected.rows(), report
 
 
+MALFORMED = {
+    "comment_before_header.csv": r"line 2, after column '# exported': expected 1 values, found 3",
+    "latin_1.csv": r"line 3, column 'userid': 'caf\\xe9' is not UTF-8 \(byte 4 of it is 0xe9\)",
+    "latin_1_in_another_column.csv": (
+        r"'title': 'caf\\xe9' is not UTF-8 .* from the encoding .* iconv -f <encoding> -t utf-8"
+    ),
+    "quote_after_quote.csv": r"line 3, column 'userid': '\"u1\"x' has a quote that is not closed",
+    "quote_not_closed.csv": r"line 3, column 'itemid': '\"i1' has a quote that is not closed",
+    "quote_within.csv": r"line 3, column 'itemid': 'i\"1' has a quote that is not closed",
+    "too_many_values.csv": r"line 3, after column 'timestamp': expected 3 values, found 4, .* 'x'",
+}
+"""What the error says of each malformed file where such records are not set aside."""
+
 REFUSED = {
+    "comment_before_header.csv": r"no column 'userid', .*; its columns are: '# exported'$",
+    "latin_1_in_another_column.csv": "None of the 1 rows of the log can be used: 1 with bytes that "
+    r"are not UTF-8 in record \(first in data row 1: 'u0,i0,1405686605,caf\ufffd'\)\. .* "
+    "Where bytes are not UTF-8, convert the file from the encoding it was written in",
     "bomb_in_one_line.csv.gz": "line . begins a record of 16,777,216 bytes or more, which no",
     "carriage_returns_alone.csv": "is not comma-separated text",
-    "comment_before_header.csv": r"line 2, after column '# exported': expected 1 values, found 3",
     "damaged.parquet": "Cannot read",
     "empty.csv": "empty CSV",
     "empty.parquet": "Cannot read",
     "gzipped_twice.csv.gz": "is not comma-separated text",
     "header_only.csv": "has columns but no rows: userid, itemid, timestamp",
     "header_with_a_quote.csv": r"line 1, column 'no.* has a quote that is not closed",
-    "latin_1.csv": r"line 3, column 'userid': 'caf\\xe9' is not UTF-8 \(byte 4 of it is 0xe9\)",
-    "latin_1_in_another_column.csv": (
-        r"'title': 'caf\\xe9' is not UTF-8 .* from the encoding .* iconv -f <encoding> -t utf-8"
-    ),
     "list_of_ids.parquet": r"column 'itemid' has the type List\(String\); ids must be",
     "missing_column.csv": r"no column 'timestamp', .*; its columns are: 'userid', 'itemid'",
     "no_gzip_after_all.csv.gz": "Cannot read",
     "nothing_usable.csv": r"None of the 2 rows .* first in data row 1: 'yesterday'",
-    "quote_after_quote.csv": r"line 3, column 'userid': '\"u1\"x' has a quote that is not closed",
-    "quote_not_closed.csv": r"line 3, column 'itemid': '\"i1' has a quote that is not closed",
-    "quote_within.csv": r"line 3, column 'itemid': 'i\"1' has a quote that is not closed",
     "semicolons.csv": "must be separated by commas",
     "struct_of_ids.parquet": r"column 'userid' has the type Struct",
-    "too_many_values.csv": r"line 3, after column 'timestamp': expected 3 values, found 4, .* 'x'",
     "trailing_garbage.csv.gz": "Cannot read",
     "truncated.csv.gz": "Cannot read",
     "truncated.parquet": "Cannot read",
@@ -82,6 +91,7 @@ READ = {
     "formulas.csv": (4, {}, {}),
     "gzipped_in_parts.csv.gz": (4, {}, {}),
     "gzipped_without_saying.csv": (2, {}, {}),
+    "latin_1.csv": (2, {"bytes that are not UTF-8 in record": 1}, {}),
     "line_break_in_another_column.csv": (2, {}, {LINE_BREAK: 1}),
     "line_break_in_id.csv": (2, {"unreadable item": 1}, {}),
     "long_ids.csv": (2, {}, {}),
@@ -92,10 +102,14 @@ READ = {
     "nul_bytes.csv": (2, {"unreadable user": 1, "unreadable item": 1}, {}),
     "overflow.csv": (3, {"unparseable timestamp": 1, "other-unit timestamp": 1}, {}),
     "plain_named_gz.csv.gz": (2, {}, {}),
+    "quote_after_quote.csv": (2, {"misplaced quote in record": 1}, {}),
+    "quote_not_closed.csv": (2, {"misplaced quote in record": 1}, {}),
+    "quote_within.csv": (2, {"misplaced quote in record": 1}, {}),
     "replacement_character.csv": (2, {"unreadable user": 1}, {}),
     "space_around_ids.csv": (3, {}, {SPACE: 2}),
     "swallowed_by_quotes.csv": (2, {"unreadable user": 1}, {}),
     "too_few_values.csv": (2, {"missing item": 1, "missing timestamp": 1}, {}),
+    "too_many_values.csv": (2, {"too many values in record": 1}, {}),
     "windows_line_ends.csv": (2, {}, {}),
 }
 """How many rows of each file are kept, how many are set aside for what, and what is doubtful."""
@@ -119,6 +133,15 @@ def test_a_file_is_refused_with_a_reason(tmp_path, name):
         assert str(tmp_path) in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_file_with_malformed_records_is_refused_where_they_are_not_set_aside(tmp_path, name):
+    place(name, tmp_path)
+    table = RawTableDataset(filepath=str(tmp_path / "interactions"))
+    with pytest.raises(DatasetError, match=MALFORMED[name]) as refusal:
+        table.load().collect()
+    assert str(tmp_path) in str(refusal.value)
+
+
 @pytest.mark.parametrize("name", READ)
 def test_rows_are_kept_or_set_aside_with_a_reason(tmp_path, name):
     place(name, tmp_path)
@@ -126,7 +149,7 @@ def test_rows_are_kept_or_set_aside_with_a_reason(tmp_path, name):
     n_kept, reasons, doubtful = READ[name]
     assert len(kept) == n_kept
     assert {reason: loss["rows"] for reason, loss in report["dropped"].items()} == reasons
-    assert sorted(row[-1] for row in rejected) == sorted(
+    assert sorted(row[4] for row in rejected) == sorted(
         reason for reason, rows in reasons.items() for _ in range(rows)
     )
     assert report["doubtful"] == doubtful
@@ -134,7 +157,7 @@ def test_rows_are_kept_or_set_aside_with_a_reason(tmp_path, name):
 
 def test_what_a_misplaced_quote_swallowed_is_set_aside_with_it(tmp_path):
     place("swallowed_by_quotes.csv", tmp_path)
-    _, ((data_row, user, item, timestamp, reason),), report = read_and_clean(tmp_path)
+    _, ((data_row, user, item, timestamp, reason, _),), report = read_and_clean(tmp_path)
     assert (data_row, item, timestamp, reason) == (2, "i4", "1405686609", "unreadable user")
     assert user == "u1,i1,1405686606\nu2,i2,1405686607\nu3,i3,1405686608\nu4"
     assert report["dropped"][reason]["example"] == user
@@ -187,17 +210,34 @@ def test_a_broken_file_is_refused_or_accounted_for_row_by_row(tmp_path_factory, 
     swallowing = [row for row in rejected if any("\n" in (value or "") for value in row[1:4])]
     if swallowing or LINE_BREAK in report["doubtful"]:
         return  # told, and what was swallowed is in the values set aside
-    (header, *rows), is_open = read_records(content)
+    records = [record for *_, record in rejected if record is not None]
+    if any("\N{REPLACEMENT CHARACTER}" in record for record in records):
+        return
+    (header, *rows), is_open = read_records(blank_out(content, records))
     assert len(kept) + len(rejected) == len(rows)
     if is_open:  # cut within the last value
         rows = rows[:-1]
     columns = [header.index(name) for name in (b"userid", b"itemid", b"timestamp")]
-    for data_row, *values, _ in rejected:
-        if data_row <= len(rows):
+    for data_row, *values, _, record in rejected:
+        if data_row <= len(rows) and record is None:
             assert [value or "" for value in values] == pick(rows[data_row - 1], columns)
     for row, user, item, _ in kept:
         if row < len(rows):
             assert [user, item] == pick(rows[row], columns[:2])
+
+
+def blank_out(content, records):
+    """Leave nothing but the line breaks of malformed records."""
+    at = 0
+    if records and not content.endswith(b"\n"):
+        content += b"\n"
+    for record in records:
+        line = re.compile(rb"(?<=\n)" + re.escape(record.encode()) + rb"(?=\r*\n)")
+        found = line.search(content, at)
+        assert found
+        content = content[: found.start()] + content[found.end() :]
+        at = found.start()
+    return content
 
 
 def pick(fields, columns):

@@ -223,7 +223,7 @@ def test_a_number_that_tells_another_unit_is_none_of_the_columns(unit, in_unit, 
 def test_a_row_is_set_aside_with_what_it_holds(columns, found):
     cleaned, rejected, report = clean_all(**columns)
     assert cleaned["row"].to_list() == [0]
-    assert rejected.rows() == [(2, *found)]
+    assert rejected.rows() == [(2, *found, None)]
     assert list(report["dropped"]) == [found[-1]]
 
 

@@ -15,6 +15,7 @@ from kedro_datasets.polars import EagerPolarsDataset, LazyPolarsDataset
 
 from sce_pipeline.datasets.raw_table import RawTableDataset
 from sce_pipeline.datasets.streamed_table import StreamedTableDataset
+from sce_pipeline.interactions.errors import InteractionsError
 from sce_pipeline.parameters import DataProcessingParameters
 from sce_pipeline.pipelines.data_processing import create_pipeline
 
@@ -59,7 +60,9 @@ def make_catalog(folder, parameters=PARAMETERS):
     reports = ("cleaning_report", "filter_report", "split_report", "sequence_report")
     return DataCatalog(
         {
-            "raw_interactions": RawTableDataset(filepath=str(folder / "raw/interactions")),
+            "raw_interactions": RawTableDataset(
+                filepath=str(folder / "raw/interactions"), set_aside_malformed=True
+            ),
             "item_titles": RawTableDataset(filepath=str(folder / "raw/items"), optional=True),
             "params:data_processing": MemoryDataset(parameters),
             "items": EagerPolarsDataset(filepath=folder / "items.parquet", file_format="parquet"),
@@ -159,10 +162,10 @@ def test_rows_that_cannot_be_used_are_set_aside_until_the_log_has_none(tmp_path)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/interactions.csv").write_bytes(LOG)
     rejected = run(tmp_path).load("rejected_interactions").collect()
-    assert rejected.columns == ["data_row", "user", "item", "timestamp", "reason"]
+    assert rejected.columns == ["data_row", "user", "item", "timestamp", "reason", "record"]
     assert rejected.rows() == [
-        (5, None, "a", "2014-07-22", "missing user"),
-        (9, "30", "c", "tomorrow", "unparseable timestamp"),
+        (5, None, "a", "2014-07-22", "missing user", None),
+        (9, "30", "c", "tomorrow", "unparseable timestamp", None),
     ]
     (tmp_path / "raw/interactions.csv").write_bytes(
         LOG.replace(b"\n,a", b"\n8,a").replace(b"tomorrow", b"2014-07-23")
@@ -170,6 +173,79 @@ def test_rows_that_cannot_be_used_are_set_aside_until_the_log_has_none(tmp_path)
     repaired = run(tmp_path).load("rejected_interactions").collect()
     assert repaired.schema == rejected.schema
     assert repaired.is_empty()
+
+
+MALFORMED = LOG.replace(b"30,b", b'"7,e,2014-07-23\n7,e"f,2014-07-24\n30,b,2014-07-18\n30,b') + (
+    b"30,d,2014-07-19,x\ncaf\xe9,d,2014-07-19\n8,a,b,c"
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+@pytest.mark.parametrize("is_in_pandas", [False, True])
+def test_malformed_records_are_set_aside_like_unusable_rows(tmp_path, suffix, is_in_pandas, caplog):
+    (tmp_path / "raw").mkdir()
+    content = gzip.compress(MALFORMED) if suffix == ".csv.gz" else MALFORMED
+    (tmp_path / f"raw/interactions{suffix}").write_bytes(content)
+    catalog = make_catalog(tmp_path)
+    if is_in_pandas:
+        catalog["raw_interactions"] = MemoryDataset(
+            catalog.load("raw_interactions").collect().to_pandas()
+        )
+        for name in ("interactions", "rejected_interactions"):
+            catalog[name] = MemoryDataset()
+    pipeline = create_pipeline().only_nodes("data_processing.clean_interactions")
+    with caplog.at_level(logging.WARNING, logger="sce_pipeline"):
+        SequentialRunner().run(pipeline, catalog)
+
+    rejected = catalog.load("rejected_interactions")
+    rejected = pl.from_pandas(rejected) if is_in_pandas else rejected.collect()
+    quote, nulls = "misplaced quote in record", (None, None, None)
+    assert rejected.rows() == [
+        (5, None, "a", "2014-07-22", "missing user", None),
+        (6, *nulls, quote, '"7,e,2014-07-23'),
+        (7, *nulls, quote, '7,e"f,2014-07-24'),
+        (12, "30", "c", "tomorrow", "unparseable timestamp", None),
+        (13, *nulls, "too many values in record", "30,d,2014-07-19,x"),
+        (14, *nulls, "bytes that are not UTF-8 in record", "caf\ufffd,d,2014-07-19"),
+        (15, *nulls, "too many values in record", "8,a,b,c"),
+    ]
+    report = catalog.load("cleaning_report")
+    assert report["raw"] == {"rows": 15, "users": 2, "items": 4}
+    assert report["kept"]["rows"] == 8
+    assert {reason: loss["rows"] for reason, loss in report["dropped"].items()} == dict(
+        rejected["reason"].value_counts().rows()
+    )
+    assert report["dropped"][quote] == {
+        "rows": 2,
+        "first_data_row": 6,
+        "example": '"7,e,2014-07-23',
+    }
+    assert report["doubtful"] == {}
+    (warning, _) = (r.getMessage() for r in caplog.records if "sce_pipe" in r.name)
+    assert "mostly with misplaced quote in record (2), too many values in record (2)" in warning
+
+
+def test_whoever_has_many_bytes_that_are_not_utf_8_is_told_to_convert_the_log(tmp_path, caplog):
+    (tmp_path / "raw").mkdir()
+    log = LOG.replace(b"7,a,", b"caf\xe9,a,").replace(b"7,b,", b"caf\xe9,b,")
+    (tmp_path / "raw/interactions.csv").write_bytes(log)
+    with caplog.at_level(logging.WARNING, logger="sce_pipeline"):
+        run(tmp_path, node_names=["data_processing.clean_interactions"])
+    said, hint = (record.getMessage() for record in caplog.records)
+    assert "mostly with bytes that are not UTF-8 in record (2)" in said
+    assert hint.startswith("Where bytes are not UTF-8, convert the file from the encoding it was")
+
+
+def test_a_log_of_malformed_records_alone_is_refused_with_what_they_hold(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/interactions.csv").write_bytes(b'userid,itemid,timestamp\n1,2,3,4\n"1,2,3\n')
+    message = (
+        r"None of the 2 rows of the log can be used: 1 with misplaced quote in record \(first in "
+        r"data row 2: '\"1,2,3'\); 1 with too many values in record \(first in data row 1: "
+        r"'1,2,3,4'\)\."
+    )
+    with pytest.raises(InteractionsError, match=message):
+        run(tmp_path)
 
 
 def test_a_future_and_doubtful_values_are_warned_of(tmp_path, caplog):

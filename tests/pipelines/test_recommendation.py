@@ -180,11 +180,12 @@ def test_new_histories_are_served_without_training(project):
     text = "\n".join(f"{user},{item}" for user, item in [("userid", "itemid"), *rows])
     with pytest.raises(InteractionsError, match=r"there is no histories\.csv"):
         recommend(project, histories="file")
-    (project.path("01_raw", "walk") / "histories.csv").write_text(text + "\n")
+    (project.path("01_raw", "walk") / "histories.csv").write_text(text + '\n"a,i9\n')
     found, report = recommend(project, histories="file", k=6)
     check_lists(project, found, {"a": ["i5", "i7", "i5"], "b": ["i1"]}, k=6)
     assert report["histories"]["source"] == "file"
     assert report["histories"]["reading"]["order"] == "row"
+    assert report["histories"]["reading"]["dropped"]["misplaced quote in record"]["rows"] == 1
     assert report["histories"]["users_without_known_items"] == 1
     assert report["histories"]["unknown_items"]["rows"] == 2
     by_log, _ = recommend(project, k=6)
@@ -215,7 +216,7 @@ def test_a_file_of_histories_with_many_users_of_unknown_items_is_warned_of(
 
 def test_rows_of_histories_that_cannot_be_used_are_told(project, caplog):
     rows = "a,i5,1500000000\n,i1,1500000000\na,i7,soon\nb,i1,1500000000\nc,i2,later\n"
-    rows += "z,unheard of,1500000000\n"
+    rows += "z,unheard of,1500000000\nc,i3,1500000000,i4\n"
     histories = project.path("01_raw", "walk", "histories.csv")
     histories.write_text(f"userid,itemid,timestamp\n{rows}")
     found, report = recommend(project, histories="file", k=6)
@@ -226,6 +227,7 @@ def test_rows_of_histories_that_cannot_be_used_are_told(project, caplog):
     assert "get no recommendations, nor do 1 of whom no row can be used" in caplog.text
     assert "Histories lack 1 rows with missing user, the first of them data row 2" in caplog.text
     assert "Histories lack 2 rows with unparseable timestamp, the first of them" in caplog.text
+    assert "lack 1 rows with too many values in record, the first of them data row 7" in caplog.text
 
 
 def test_other_parameters_data_and_weights_make_folders_of_their_own(project):

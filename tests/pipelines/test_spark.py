@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import narwhals.stable.v2 as nw
 import polars as pl
 import pytest
 from kedro.io import DatasetError
 from prepared_data import LOGS, prepare_twice
 
 from sce_pipeline.datasets.raw_table import RawTableDataset
+from sce_pipeline.interactions.cleaning import clean_interactions
+from sce_pipeline.parameters import Columns
 
 
 @pytest.mark.usefixtures("spark")
@@ -53,12 +56,37 @@ def test_text_is_read_as_without_spark(tmp_path):
 
 
 @pytest.mark.usefixtures("spark")
+def test_malformed_records_are_set_aside_as_without_spark(tmp_path):
+    (tmp_path / "interactions.csv").write_bytes(
+        b'user,item,time,note\n1,2,3,4,5\n1,2,1405686605,"x\ny"\n"1,2,3,\n1,caf\xe9,3,\n1,,3,\n'
+    )
+    options = {"filepath": str(tmp_path / "interactions"), "set_aside_malformed": True}
+    columns = Columns(user="user", item="item", timestamp="time")
+
+    def clean(table):
+        kept, rejected, report = clean_interactions(nw.from_native(table).lazy(), columns)
+        return kept.collect("polars").rows(), rejected.collect("polars").rows(), report
+
+    kept, rejected, report = clean(make_raw_table(tmp_path, set_aside_malformed=True).load())
+    assert (kept, sorted(rejected), report) == clean(RawTableDataset(**options).load())
+    assert [row[-1] for row in sorted(rejected)] == ["1,2,3,4,5", '"1,2,3,', "1,caf\ufffd,3,", None]
+
+
+@pytest.mark.usefixtures("spark")
+def test_a_folder_with_columns_of_names_that_are_given_is_refused(tmp_path):
+    pl.DataFrame({"malformed": [True]}).write_parquet(tmp_path / "interactions.parquet")
+    assert read(make_raw_table(tmp_path))["malformed"].to_list() == [True]
+    with pytest.raises(DatasetError, match="rename its column 'malformed'"):
+        make_raw_table(tmp_path, set_aside_malformed=True).load()
+
+
+@pytest.mark.usefixtures("spark")
 def test_what_is_no_table_or_more_than_one_is_refused(tmp_path):
     assert make_raw_table(tmp_path, optional=True).load() is None
     with pytest.raises(DatasetError, match="No table 'interactions'"):
         make_raw_table(tmp_path).load()
     pl.DataFrame({"row": [1]}).write_parquet(tmp_path / "interactions.parquet")
-    with pytest.raises(DatasetError, match="rename the column 'row'"):
+    with pytest.raises(DatasetError, match="rename its column 'row'"):
         make_raw_table(tmp_path).load()
     (tmp_path / "interactions.csv").write_bytes(b"a,b\n1,2\n")
     with pytest.raises(DatasetError, match=r"found interactions.csv and interactions.parquet"):

@@ -12,6 +12,8 @@ from itertools import dropwhile, islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from sce_pipeline.interactions.rejections import REMEDY
+
 LONGEST_RECORD = 2**24
 """Bytes of the longest record that is read: more is a bomb or a quote that nothing closes."""
 
@@ -28,7 +30,7 @@ def find_fault(file: Path) -> str | None:
     """
     try:
         with open_log(file) as stream:
-            return _first_fault(_records(stream))
+            return _first_fault(read_records(stream))
     except (OSError, EOFError, zlib.error):  # a damaged archive, which its reader has told
         return None
 
@@ -36,7 +38,7 @@ def find_fault(file: Path) -> str | None:
 def find_header_fault(file: Path) -> str | None:
     """Do the same for the header alone: a quote amid it would hide the rows below it."""
     with open_log(file) as stream:
-        records = dropwhile(lambda record: not record[1].strip(b"\r\n"), _records(stream))
+        records = dropwhile(lambda record: not record[1].strip(b"\r\n"), read_records(stream))
         return _first_fault(islice(records, 1))
 
 
@@ -49,7 +51,7 @@ def open_log(file: Path) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", stream)
 
 
-def _records(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def read_records(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield the line at which each record begins, and the record with the lines it is quoted over.
 
     A record that is longer than any should be is cut, and is the last.
@@ -104,8 +106,7 @@ def _fault_of(fields: list[bytes], names: list[str]) -> str | None:
         except UnicodeDecodeError as error:
             return (
                 f"column {name}: {_show(field)} is not UTF-8 (byte {error.start + 1} of it is "
-                f"0x{field[error.start]:02x}); convert the file from the encoding it was written "
-                "in, such as latin1, cp1251 or shift-jis, with iconv -f <encoding> -t utf-8"
+                f"0x{field[error.start]:02x}); {REMEDY}"
             )
         if b'"' in field and not _QUOTED.fullmatch(field):
             return (

@@ -127,6 +127,7 @@ class DuckDBRawTableDataset(AbstractDataset[None, "DuckDBPyRelation | None"]):
         staging: str,
         engine: dict[str, str],
         optional: bool = False,
+        set_aside_malformed: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """Point to a table.
@@ -136,9 +137,12 @@ class DuckDBRawTableDataset(AbstractDataset[None, "DuckDBPyRelation | None"]):
             staging: The path to which text is handed over.
             engine: What ``connect`` takes; the same for all tables of a run.
             optional: Load None where there is no file.
+            set_aside_malformed: As ``RawTableDataset`` takes it.
             metadata: For plugins; not used here.
         """
-        self._table = RawTableDataset(filepath=filepath, optional=optional)
+        self._table = RawTableDataset(
+            filepath=filepath, optional=optional, set_aside_malformed=set_aside_malformed
+        )
         self._staging = staging
         self._engine = engine
         self.metadata = metadata

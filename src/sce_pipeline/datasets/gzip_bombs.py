@@ -1,4 +1,4 @@
-"""Gzipped logs with a record that fills the memory, found before anything has to hold it."""
+"""Logs with a record that fills the memory, found before anything has to hold it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find_long_record(file: Path, size: int) -> int | None:
     of its last member alone, modulo 2^32, and a thousandth of a record's size can unpack to it.
 
     Args:
-        file: Of text, gzipped in one member or several.
+        file: Of text, plain or gzipped in one member or several.
         size: Records may be larger by less than 1 MB unnoticed, since only those are looked at that
             are open where a block of the file ends. Line breaks in quotes end no record.
 
@@ -32,7 +32,7 @@ def find_long_record(file: Path, size: int) -> int | None:
         while block := stream.read(min(_BLOCK, size)):
             is_quoted ^= block.count(b'"') % 2 == 1
             n_lines += block.count(b"\n")
-            if end := _end_of_records(block, is_quoted):
+            if end := end_of_records(block, is_quoted):
                 first, n_open = n_lines - block.count(b"\n", end) + 1, -end
             n_open += len(block)
             if n_open >= size:
@@ -40,7 +40,7 @@ def find_long_record(file: Path, size: int) -> int | None:
     return None
 
 
-def _end_of_records(block: bytes, is_quoted: bool) -> int:
+def end_of_records(block: bytes, is_quoted: bool) -> int:
     """Return the place after the last record that ends in a block, 0 if none does.
 
     It is looked for backwards from the block's end, which is within quotes or not.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kedro.io import AbstractDataset, DatasetError
+from kedro.io import AbstractDataset
 from kedro_datasets.spark import SparkDatasetV2
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from sce_pipeline.datasets.raw_table import RawTableDataset
+from sce_pipeline.datasets.raw_table import RawTableDataset, require_free_names
 from sce_pipeline.datasets.streamed_table import StreamedTableDataset
 from sce_pipeline.interactions.columns import ROW
 
@@ -41,6 +41,7 @@ class SparkRawTableDataset(AbstractDataset[None, "DataFrame | None"]):
         filepath: str,
         staging: dict[str, str],
         optional: bool = False,
+        set_aside_malformed: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """Point to a table.
@@ -50,26 +51,33 @@ class SparkRawTableDataset(AbstractDataset[None, "DataFrame | None"]):
                 hdfs://…, there is only Parquet.
             staging: The ``filepath`` to which text is handed over, seen by driver and executors.
             optional: Load None where there is no table.
+            set_aside_malformed: As ``RawTableDataset`` takes it.
             metadata: For plugins; not used here.
         """
-        self._table = RawTableDataset(filepath=filepath, optional=optional)
-        self._parquet = SparkDatasetV2(filepath=f"{filepath}.parquet")
+        self._table = RawTableDataset(
+            filepath=filepath, optional=optional, set_aside_malformed=set_aside_malformed
+        )
+        self._filepath = f"{filepath}.parquet"
+        self._parquet = SparkDatasetV2(filepath=self._filepath)
         self._staging = staging["filepath"]
         self._is_remote = "://" in filepath
         self._optional = optional
+        self._set_aside_malformed = set_aside_malformed
         self.metadata = metadata
 
     def load(self) -> DataFrame | None:
         """Find the table and begin to read it.
 
         Raises:
-            DatasetError: There is no table or more than one, or it has a column ``row``; or it is
-                text that cannot be read.
+            DatasetError: There is no table or more than one, or it has a column of a name
+                that is given to columns here; or it is text that cannot be read.
         """
         if self._is_remote and self._optional and not self._parquet.exists():
             return None
         if self._is_remote or [file.suffix for file in self._table.find_files()] == [".parquet"]:
-            return _number_rows(self._parquet.load())
+            table = self._parquet.load()
+            require_free_names(table.columns, self._set_aside_malformed, self._filepath)
+            return _number_rows(table)
         text = self._table.load()
         if text is None:
             return None
@@ -93,8 +101,6 @@ class SparkRawTableDataset(AbstractDataset[None, "DataFrame | None"]):
 
 def _number_rows(table: DataFrame) -> DataFrame:
     """Add the place of each row, which is that in its file after the rows of the files before."""
-    if ROW in table.columns:
-        raise DatasetError(f"rename the column {ROW!r}, here the name of row numbers")
     file, place = F.col("_metadata.file_path"), F.col("_metadata.row_index")
     files = table.groupBy(file.alias("_file")).agg((F.max(place) + 1).alias("_rows"))
     before = Window.orderBy("_file").rowsBetween(Window.unboundedPreceding, -1)

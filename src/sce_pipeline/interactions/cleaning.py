@@ -8,6 +8,9 @@ from typing import Any
 import narwhals.stable.v2 as nw
 
 from sce_pipeline.interactions.columns import (
+    ADDED,
+    MALFORMED,
+    MALFORMED_RECORD,
     ROW,
     WHITE_SPACE,
     as_found,
@@ -55,7 +58,8 @@ def clean_interactions(
     """Bring a raw log to the form that all later steps know.
 
     Args:
-        log: Any columns, and ``row``, the place of each row in its file.
+        log: Any columns, and ``row``, the place of each row in its file; where records of it could
+            not be read, also what :data:`~sce_pipeline.interactions.columns.ADDED` tells of them.
         columns: Which of them are the user, the item and the timestamp.
         table: What to call the log in an error.
 
@@ -77,6 +81,8 @@ def clean_interactions(
         raw_user=as_found(log, columns.user),
         raw_item=as_found(log, columns.item),
         row=nw.col(ROW).cast(nw.Int64),
+        malformed=_told(log, MALFORMED),
+        record=_told(log, MALFORMED_RECORD),
         spans_lines=_spans_lines(log, set(roles.values())),
         timestamp=nw.col(columns.timestamp),
     )
@@ -107,6 +113,12 @@ def clean_interactions(
         "last_timestamp": (EPOCH + int(kept["last"]) * MICROSECOND).isoformat(),
     }
     return interactions, set_aside(labelled, dropped), report
+
+
+def _told(log: nw.LazyFrame[Any], name: str) -> nw.Expr:
+    """Whoever reads CSV files tells of malformed records; elsewhere there are none."""
+    is_told = name in log.collect_schema().names()
+    return nw.col(name) if is_told else nw.lit(None, nw.String)
 
 
 def _survey(read: nw.LazyFrame[Any]) -> tuple[Report, Unit]:
@@ -167,7 +179,7 @@ def _spans_lines(log: nw.LazyFrame[Any], used: set[str]) -> nw.Expr:
     In the columns that are used line breaks make ids and timestamps unreadable.
     """
     schema = log.collect_schema()
-    columns = [name for name in schema if name != ROW]
+    columns = [name for name in schema if name not in ADDED]
     others = [name for name in columns if name not in used]
     if not others or any(schema[name] != nw.String for name in columns):
         return nw.lit(False)

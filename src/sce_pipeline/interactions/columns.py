@@ -11,6 +11,15 @@ from sce_pipeline.interactions.errors import InteractionsError
 ROW = "row"
 """The place of a row in its file, counted from 0; whoever reads the file adds it."""
 
+MALFORMED = "malformed"
+"""What is wrong with the record of a row that could not be read, null for others."""
+
+MALFORMED_RECORD = "malformed_record"
+"""The text of such a record, or the beginning of it."""
+
+ADDED = (ROW, MALFORMED, MALFORMED_RECORD)
+"""The columns that are no user's, but may be added to a table by whoever reads it."""
+
 _LARGEST_EXACT = {True: 2.0**24, False: 2.0**53}
 """Up to where whole numbers next to each other stay apart, by whether floats have 32 bits."""
 
@@ -46,7 +55,7 @@ def require_columns(frame: nw.LazyFrame[Any], roles: dict[str, str], table: str)
     names = frame.collect_schema().names()
     for parameter, name in roles.items():
         if name not in names:
-            existing = ", ".join(repr(other) for other in names if other != ROW)
+            existing = ", ".join(repr(other) for other in names if other not in ADDED)
             raise InteractionsError(
                 f"{table} has no column {name!r}, which {parameter} asks for; "
                 f"its columns are: {existing}"

@@ -13,6 +13,7 @@ import narwhals.stable.v2 as nw
 from narwhals.stable.v2.typing import IntoFrame
 
 from sce_pipeline.interactions import cleaning, encoding, filters, sequences, splits, summary
+from sce_pipeline.interactions.rejections import NOT_UTF_8, REMEDY
 from sce_pipeline.interactions.reports import Report
 from sce_pipeline.interactions.sequences import Arrays
 from sce_pipeline.parameters import DataProcessingParameters
@@ -178,6 +179,8 @@ def _warn_of_rejected(report: Report) -> None:
         ", ".join(f"{why} ({rows:,})" for why, rows in most_frequent),
         f"{rejected:,}",
     )
+    if NOT_UTF_8 in dict(most_frequent):
+        logger.warning("Where bytes are not UTF-8, %s", REMEDY)
 
 
 def _size(counts: Report) -> str:
