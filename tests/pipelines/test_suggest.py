@@ -27,12 +27,12 @@ PROFILING = ProfilingParameters.model_validate(
 MB, GB = 2**20, 2**30
 
 
-def suggest(project, *before, **suggestion):
+def suggest(project, *before, run=SMALL_RUN, **suggestion):
     profiling = {
         "effort": {"n_warm_up_steps": 0, "n_steps": 1},
         "suggestion": {"losses": ["cce", "sce"], "max_slowdown": 1e9, **suggestion},
     }
-    return project.run(pipelines=[*before, "suggest"], **SMALL_RUN, profiling=profiling)
+    return project.run(pipelines=[*before, "suggest"], **run, profiling=profiling)
 
 
 def run_out_of_memory(*args):
@@ -74,6 +74,22 @@ def test_a_data_set_gets_a_suggestion_by_what_fits_and_then_by_what_would(
     found, report = read(project)
     assert found["recommendation"]["loss"] is None
     assert "Not even one sequence at a time fits" in " ".join(report.split())
+
+
+def test_negatives_that_would_be_the_catalogue_are_not_tried_unless_they_are_the_runs_own(
+    project, caplog
+):
+    project.write_log("walk", make_log(n_users=40, n_items=12, length=8))
+    with caplog.at_level(logging.INFO, logger="sce_pipeline"):
+        suggest(project, "data_processing", losses=["cce", "cce_minus"])
+    found, _ = read(project)
+    assert [loss["loss"] for loss in found["losses"]] == ["cce"]
+    assert "cce_minus is left out: 4,095 negatives are no sample of 12 items" in caplog.text
+    assert "cce_minus was not tried" in found["recommendation"]["reason"]
+    own = {**SMALL_RUN, "loss": "cce_minus"}
+    suggest(project, losses=["cce", "cce_minus"], run=own)
+    found, _ = read(project)
+    assert [loss["loss"] for loss in found["losses"]] == ["cce", "cce_minus"]
 
 
 def test_sequences_of_other_parameters_are_refused(project):

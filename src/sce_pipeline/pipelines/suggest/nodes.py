@@ -38,6 +38,15 @@ def measure_losses(
     suggestion = profiling.suggestion
     changes = {name: suggestion.changes_of(name) for name in suggestion.losses}
     losses = choose_losses(changes, loss_presets, training.loss)
+    n_items = int(train_sequences["n_items"][0])
+    for name in [name for name, loss in losses.items() if _n_negatives(loss) >= n_items]:
+        if name != training.loss.name:
+            logger.info(
+                "%s is left out: %s negatives are no sample of %s items",
+                name,
+                f"{_n_negatives(losses.pop(name)):,}",
+                f"{n_items:,}",
+            )
     return measure_candidates(train_sequences, losses, training, profiling.effort)
 
 
@@ -72,6 +81,10 @@ def report_suggestion(suggestion: dict[str, Any]) -> str:
     loss = advice["loss"] or "no loss"
     logger.info("%s: %s, since %s", suggestion["dataset"], loss, advice["reason"])
     return write_suggestion(suggestion)
+
+
+def _n_negatives(loss: LossParameters) -> int:
+    return getattr(loss, "n_negatives", 0)
 
 
 def _choose(
