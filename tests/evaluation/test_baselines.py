@@ -113,6 +113,7 @@ def test_item_knn_ranks_by_the_sum_over_the_history(
 ):
     monkeypatch.setattr(held_out_module, "USERS_AT_ONCE", users_at_once)
     monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", 3 * N_ITEMS)
+    monkeypatch.setattr(ranking_module, "USERS_AT_ONCE_ON_CPU", 1)
     sequences, histories, targets = test_users
     similarities = fit_item_knn(interaction_matrix(training), 6, 1.0)
     rankings = rank_with_item_knn(similarities, sequences, N_ITEMS, filter_seen)

@@ -169,6 +169,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch, scores_at_once):
     seen = [torch.randint(15, (n % 9,), generator=generator).tolist() for n in range(23)]
     whole = rank_scores(scores, targets, seen, k=6)
     monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", scores_at_once)
+    monkeypatch.setattr(ranking_module, "USERS_AT_ONCE_ON_CPU", 1)
     parts = rank_scores(scores, targets, seen, k=6)
     assert torch.equal(parts.target_ranks, whole.target_ranks)
     assert torch.equal(parts.top_items, whole.top_items)
@@ -187,6 +188,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_scores_of_all_users_never_exist_at_once(monkeypatch):
     monkeypatch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", 1000)
+    monkeypatch.setattr(ranking_module, "USERS_AT_ONCE_ON_CPU", 1)
     hidden, items = torch.randn(300, 2), torch.randn(90, 2)
     seen = (torch.zeros(300, dtype=torch.int64), torch.arange(301))
     with LargestTensor() as largest:

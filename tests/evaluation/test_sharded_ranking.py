@@ -23,6 +23,7 @@ def check_rank(rank):
     with pytest.MonkeyPatch.context() as patch:
         for sizes, k, scores_at_once in product(SIZES_OF_SHARDS, (0, 6, 50), (100, 10_000)):
             patch.setattr(ranking_module, "SCORES_AT_ONCE_ON_CPU", scores_at_once)
+            patch.setattr(ranking_module, "USERS_AT_ONCE_ON_CPU", 1)
             if rank < len(sizes):
                 check_against_the_whole_table(rank, groups[len(sizes)], sizes, k)
     check_that_scores_must_be_finite_on_all_ranks(rank, everybody)

@@ -171,6 +171,7 @@ def test_few_users_at_a_time_give_the_same(monkeypatch, find):
     hidden[7] = 0  # all its scores are equal, so that it is looked for in all groups
     expected = sort_all(hidden, table, seen, 10)
     monkeypatch.setattr(ranking, "SCORES_AT_ONCE_ON_CPU", 5000)
+    monkeypatch.setattr(ranking, "USERS_AT_ONCE_ON_CPU", 1)
     for at_once in (1, 5000, 2**16):
         for name in {"SCORES_AT_ONCE", "NUMBERS_AT_ONCE"} & vars(
             sys.modules[find.__module__]

@@ -73,6 +73,7 @@ def test_lists_are_those_of_sorting_all_scores(case, filter_seen, scores_at_once
     table, histories, excluded, k = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "SCORES_AT_ONCE_ON_CPU", scores_at_once)
+        patch.setattr(ranking, "USERS_AT_ONCE_ON_CPU", 1)
         patch.setattr(held_out, "TOKENS_AT_ONCE", max(2, scores_at_once))
         items, scores = Recommender(LastItem(table)).recommend(
             join(histories),

@@ -25,6 +25,9 @@ SCORES_AT_ONCE = 2**23
 SCORES_AT_ONCE_ON_CPU = 2**21
 """The same on a CPU, where they should stay in the cache: 8 MiB."""
 
+USERS_AT_ONCE_ON_CPU = 32
+"""Fewest users at once there, up to ``SCORES_AT_ONCE`` scores: each time the item table is read."""
+
 NEVER_RANKED = torch.iinfo(torch.int64).max
 """Rank of a target that is in the history while seen items are left out: beyond every cutoff."""
 
@@ -365,9 +368,10 @@ def score_blocks(
         finite before that, bool [users].
     """
     first_item, largest = (shard.first_item, shard.largest) if shard else (0, n_items)
-    if device.type == "cpu":
-        at_once = SCORES_AT_ONCE_ON_CPU
     users_at_once = max(1, at_once // largest)
+    if device.type == "cpu":
+        in_cache = SCORES_AT_ONCE_ON_CPU // largest
+        users_at_once = min(users_at_once, max(USERS_AT_ONCE_ON_CPU, in_cache))
     starts = range(0, n_users, users_at_once)
     left_out = cut_seen(seen, [*starts, n_users], device) if seen else None
     for block, start in enumerate(starts):
