@@ -39,15 +39,12 @@ def measure_losses(
     changes = {name: suggestion.changes_of(name) for name in suggestion.losses}
     losses = choose_losses(changes, loss_presets, training.loss)
     n_items = int(train_sequences["n_items"][0])
-    for name in [name for name, loss in losses.items() if _n_negatives(loss) >= n_items]:
-        if name != training.loss.name:
-            logger.info(
-                "%s is left out: %s negatives are no sample of %s items",
-                name,
-                f"{_n_negatives(losses.pop(name)):,}",
-                f"{n_items:,}",
-            )
-    return measure_candidates(train_sequences, losses, training, profiling.effort)
+    samples = {
+        name: loss
+        for name, loss in losses.items()
+        if name == training.loss.name or _is_sample(name, loss, n_items)
+    }
+    return measure_candidates(train_sequences, samples, training, profiling.effort)
 
 
 def suggest_settings(
@@ -83,8 +80,18 @@ def report_suggestion(suggestion: dict[str, Any]) -> str:
     return write_suggestion(suggestion)
 
 
-def _n_negatives(loss: LossParameters) -> int:
-    return getattr(loss, "n_negatives", 0)
+def _is_sample(name: str, loss: LossParameters, n_items: int) -> bool:
+    """Tell, and say, whether a loss draws fewer negatives than there are items."""
+    n_negatives = getattr(loss, "n_negatives", 0)
+    if n_negatives < n_items:
+        return True
+    logger.info(
+        "%s is left out: %s negatives are no sample of %s items",
+        name,
+        f"{n_negatives:,}",
+        f"{n_items:,}",
+    )
+    return False
 
 
 def _choose(
