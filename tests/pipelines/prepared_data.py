@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import narwhals.stable.v2 as nw
 import numpy as np
 import polars as pl
 import pytest
 from kedro.framework.session import KedroSession
 
 from helpers import ROOT
+from sce_pipeline.datasets.raw_table import RawTableDataset
+from sce_pipeline.interactions.cleaning import clean_interactions
+from sce_pipeline.parameters import Columns
 
 SHARED = ROOT.parent / "shared/data"
 
@@ -73,3 +77,21 @@ def prepare_twice(project, dataset, env):
     expected = load(project, dataset)
     project.run(env=env, pipelines=["data_processing"], dataset=dataset)
     assert_same(load(project, dataset), expected)
+
+
+def check_what_is_set_aside(folder, make_raw_table):
+    """Check that records of a file in a folder are kept and set aside as they are on Polars."""
+    (folder / "interactions.csv").write_bytes(
+        b'user,item,time,note\n1,2,3,4,5\n1,2,1405686605,"x\ny"\n"1,2,3,\n1,caf\xe9,3,\n1,,3,\n'
+    )
+    columns = Columns(user="user", item="item", timestamp="time")
+
+    def clean(table):
+        kept, rejected, report = clean_interactions(nw.from_native(table).lazy(), columns)
+        return kept.collect("polars").rows(), sorted(rejected.collect("polars").rows()), report
+
+    kept, rejected, report = clean(make_raw_table(set_aside_malformed=True).load())
+    on_polars = RawTableDataset(filepath=str(folder / "interactions"), set_aside_malformed=True)
+    assert (kept, rejected, report) == clean(on_polars.load())
+    assert [row[-1] for row in rejected] == ["1,2,3,4,5", '"1,2,3,', "1,caf\ufffd,3,", None]
+    assert len(kept) == 1

@@ -6,7 +6,7 @@ import narwhals.stable.v2 as nw
 import polars as pl
 import pytest
 from kedro.io import DatasetError
-from prepared_data import LOGS, prepare_twice
+from prepared_data import LOGS, check_what_is_set_aside, prepare_twice
 
 from sce_pipeline.datasets.duckdb_tables import DuckDBRawTableDataset, DuckDBTableDataset, connect
 from sce_pipeline.datasets.raw_table import RawTableDataset
@@ -77,20 +77,7 @@ def test_text_is_read_as_without_duckdb(tmp_path, make_raw_table):
 
 
 def test_malformed_records_are_set_aside_as_without_duckdb(tmp_path, make_raw_table):
-    (tmp_path / "interactions.csv").write_bytes(
-        b'user,item,time,note\n1,2,3,4,5\n1,2,1405686605,"x\ny"\n"1,2,3,\n1,caf\xe9,3,\n1,,3,\n'
-    )
-    options = {"filepath": str(tmp_path / "interactions"), "set_aside_malformed": True}
-    columns = Columns(user="user", item="item", timestamp="time")
-
-    def clean(table):
-        kept, rejected, report = clean_interactions(nw.from_native(table).lazy(), columns)
-        return kept.collect("polars").rows(), rejected.collect("polars").rows(), report
-
-    kept, rejected, report = clean(make_raw_table(set_aside_malformed=True).load())
-    assert (kept, sorted(rejected), report) == clean(RawTableDataset(**options).load())
-    assert [row[-1] for row in sorted(rejected)] == ["1,2,3,4,5", '"1,2,3,', "1,caf\ufffd,3,", None]
-    assert len(kept) == 1
+    check_what_is_set_aside(tmp_path, make_raw_table)
 
 
 def test_what_is_no_table_or_more_than_one_is_refused(tmp_path, make_raw_table):
