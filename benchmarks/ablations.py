@@ -156,14 +156,11 @@ class RandomChunks(RECE):
 
 def one_bucket(logits: Tensor, buckets: Buckets, priority: Tensor) -> Tensor:
     """Return the items of each token's bucket of largest priority, bool [tokens, n_items]."""
-    n_buckets = len(buckets.tokens)
     chosen = torch.full((len(logits),), -1.0, device=logits.device)
     chosen.scatter_reduce_(0, buckets.tokens.flatten(), priority.flatten(), "amax")
-    wins = priority == chosen[buckets.tokens]
+    bucket, place = (priority == chosen[buckets.tokens]).nonzero(as_tuple=True)
     kept = torch.zeros_like(logits, dtype=torch.bool)
-    for bucket in range(n_buckets):
-        tokens = buckets.tokens[bucket][wins[bucket]]
-        kept[tokens[:, None], buckets.items[bucket][None, :]] = True
+    kept[buckets.tokens[bucket, place][:, None], buckets.items[bucket]] = True
     return kept
 
 

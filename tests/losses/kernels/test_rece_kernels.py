@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from sce_pipeline.losses.base import Histories
 from sce_pipeline.losses.kernels import projections, rece
 from sce_pipeline.losses.kernels.projections import nearest_projections
@@ -294,3 +296,24 @@ def test_rows_without_a_direction_fall_into_some_bucket():
     assert nearest.min() >= 0
     assert nearest.max() < 20
     assert not nearest[:, 0].any()
+
+
+@triton.jit(do_not_specialize=["first", "last", "n_from", "n_to", "n_chunks", "n_extra"])
+def window_kernel(found, first, last, n_from, n_to, n_chunks, n_extra):
+    begin, end = rece._window(first, last, n_from, n_to, n_chunks, n_extra)
+    triton.language.store(found, begin)
+    triton.language.store(found + 1, end)
+
+
+@pytest.mark.parametrize("n_extra", [0, 1, 8])
+@pytest.mark.parametrize(("n_from", "n_to"), [(17_001, 50_000_000), (50_000_000, 17_001)])
+def test_chunks_of_a_catalogue_whose_products_pass_32_bits(n_from, n_to, n_extra):
+    n_chunks = 451
+    starts = [j * n_from // n_chunks for j in range(n_chunks + 1)]
+    for chunk in (0, 200, n_chunks - 1):
+        found = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        first, last = starts[chunk], starts[chunk + 1] - 1
+        window_kernel[1,](found, first, last, n_from, n_to, n_chunks, n_extra)
+        begin = max(chunk - n_extra, 0) * n_to // n_chunks
+        end = min(chunk + n_extra + 1, n_chunks) * n_to // n_chunks
+        assert found.tolist() == [begin, end]
