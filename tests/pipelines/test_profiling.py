@@ -65,6 +65,17 @@ def test_a_grid_becomes_a_table_and_figures_without_any_data(project, monkeypatc
         assert json.loads((folder / f"{name}.json").read_text())["data"]
 
 
+def test_losses_are_measured_with_the_changes_that_are_asked_for(project):
+    changes = {"cce_minus": {"n_negatives": 7}, "sce": {"bucket_size_y": 5}}
+    changes |= {"bce": {"n_negatives": 3}}  # not among the losses
+    losses = ["cce", "cce_minus", "sce"]
+    profile(project, losses=losses, changes=changes, n_items=[30])
+    folder = project.path("08_reporting", "walk", "profiling")
+    table = pl.read_csv(folder / "loss_profile.csv", infer_schema_length=None)
+    found = dict(table.select("loss", "changes").rows())
+    assert found == {"cce": None, "cce_minus": "n_negatives=7", "sce": "bucket_size_y=5"}
+
+
 def make_profile():
     """Two batches, two catalogues: sce wins where ce does not fit, nothing fits at the largest."""
     times = {
@@ -133,6 +144,8 @@ def test_the_map_has_the_fastest_loss_that_fits_in_its_colour():
             {"losses": ["ce", "sec"]},
             "grid.losses has 'sec', but there is no such preset; choose of ce, cce",
         ),
+        ({"changes": {"scee": {}}}, "grid.changes has 'scee', but there is no such preset"),
+        ({"changes": {"sce": {"bucket": 1}}}, "grid.losses has 'sce', whose values are bad: "),
         ({"losses": []}, "grid.losses\n  .*at least 1 item"),
         (
             {"losses": ["ce", "ce"]},

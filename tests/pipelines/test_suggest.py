@@ -90,6 +90,7 @@ def test_negatives_that_would_be_the_catalogue_are_not_tried_unless_they_are_the
     suggest(project, losses=["cce", "cce_minus"], run=own)
     found, _ = read(project)
     assert [loss["loss"] for loss in found["losses"]] == ["cce", "cce_minus"]
+    assert found["losses"][1]["parameters"] == PRESETS["cce_minus"]
 
 
 def test_sequences_of_other_parameters_are_refused(project):

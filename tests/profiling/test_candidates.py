@@ -32,14 +32,15 @@ def fail_above(monkeypatch, n_tokens, n_items):
     monkeypatch.setattr(CCE, "_mean_loss", fail)
 
 
-def test_losses_are_their_presets_with_changes_and_the_runs_own_as_it_is_set():
-    own = loss_of("sce", bucket_size_y=7)
+def test_losses_are_their_presets_and_the_runs_own_as_it_is_set_with_changes():
+    own = loss_of("sce", bucket_size_y=7, n_buckets=3)
     changes = {"cce": {}, "cce_minus": {"n_negatives": 99}, "sce": {"bucket_size_y": 8}}
     found = choose_losses(changes, PRESETS, own)
     assert list(found) == ["cce", "cce_minus", "sce"]
     assert found["cce"].model_dump() == PRESETS["cce"]
     assert found["cce_minus"].model_dump() == {**PRESETS["cce_minus"], "n_negatives": 99}
-    assert found["sce"] == own
+    assert found["sce"] == loss_of("sce", bucket_size_y=8, n_buckets=3)
+    assert choose_losses({"sce": {}}, PRESETS, own) == {"sce": own}
     with pytest.raises(ValidationError, match="n_negative"):
         choose_losses({"cce_minus": {"n_negative": 99}}, PRESETS, own)
 

@@ -18,7 +18,8 @@ LOSSES = {name: loss_of(name) for name in ("ce", "cce")}
 
 
 def make_grid(**changes):
-    values = {"losses": tuple(LOSSES), "n_items": (20, 40), "batch_size": (2, 4), "length": 6}
+    values = {"losses": tuple(LOSSES), "changes": {}, "length": 6}
+    values |= {"n_items": (20, 40), "batch_size": (2, 4)}
     return ProfilingGrid(**{**values, **changes})
 
 

@@ -40,10 +40,20 @@ Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_
 """Numbers to try, one by one."""
 
 
-class ProfilingGrid(Parameters):
-    """Sizes at which every one of ``losses`` is measured: catalogues and batches of sequences."""
+class MeasuredLosses(Parameters):
+    """Which losses are measured; ``changes`` are laid over their presets, by their names."""
 
     losses: LossNames
+    changes: dict[str, dict[str, Any]]
+
+    def by_name(self) -> dict[str, dict[str, Any]]:
+        """Return what is laid over the preset of each of the losses."""
+        return {name: self.changes.get(name, {}) for name in self.losses}
+
+
+class ProfilingGrid(MeasuredLosses):
+    """Sizes at which every one of ``losses`` is measured: catalogues and batches of sequences."""
+
     n_items: Sizes
     batch_size: Sizes
     length: PositiveInt
@@ -58,20 +68,14 @@ class ProfilingGrid(Parameters):
         return self
 
 
-class SuggestionParameters(Parameters):
+class SuggestionParameters(MeasuredLosses):
     """Which losses are tried for a suggestion, and which one is suggested.
 
-    ``changes`` are laid over the presets of ``losses``, by their names. An exact loss is suggested
-    where its epoch takes at most ``max_slowdown`` times as long as one of CCE⁻.
+    An exact loss is suggested where its epoch takes at most ``max_slowdown`` times as long as one
+    of CCE⁻.
     """
 
-    losses: LossNames
-    changes: dict[str, dict[str, Any]]
     max_slowdown: Annotated[float, Field(ge=1)]
-
-    def changes_of(self, loss: str) -> dict[str, Any]:
-        """What is laid over the preset of a loss."""
-        return self.changes.get(loss, {})
 
 
 class ProfilingParameters(Parameters):

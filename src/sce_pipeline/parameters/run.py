@@ -84,11 +84,11 @@ class RunParameters(Parameters):
         cls, profiling: ProfilingParameters, info: ValidationInfo
     ) -> ProfilingParameters:
         presets = info.data.get("loss_presets", {})
-        suggestion = profiling.suggestion
         named: dict[str, dict[str, dict[str, Any]]] = {
-            "grid.losses": {name: {} for name in profiling.grid.losses},
-            "suggestion.losses": {name: suggestion.changes_of(name) for name in suggestion.losses},
-            "suggestion.changes": suggestion.changes,
+            "grid.losses": profiling.grid.by_name(),
+            "grid.changes": profiling.grid.changes,
+            "suggestion.losses": profiling.suggestion.by_name(),
+            "suggestion.changes": profiling.suggestion.changes,
         }
         for place, losses in named.items():
             for name, changes in losses.items():

@@ -76,15 +76,15 @@ def choose_losses(
     presets: Mapping[str, Mapping[str, Any]],
     own: LossParameters,
 ) -> dict[str, LossParameters]:
-    """Return losses by name: of their presets with changes, but the run's own as it is set.
+    """Return losses by name: of their presets, but the run's own as it is set, with changes.
 
     Args:
-        changes: What is changed of the preset, by the names of the losses.
+        changes: What is changed, by the names of the losses.
         presets: Values of all losses by name.
         own: The loss of the run.
     """
     return {
-        name: own if name == own.name else read_loss({**presets[name], **values})
+        name: read_loss({**(own.model_dump() if name == own.name else presets[name]), **values})
         for name, values in changes.items()
     }
 

@@ -175,7 +175,7 @@ def _row(run: Run, usual: Mapping[str, Any]) -> dict[str, Any]:
         row |= {"seed": parameters["seed"], **_costs(run.history)}
     elif run.model in parameters:
         made |= parameters[run.model]
-    row["changes"] = _changes(made, usual)
+    row["changes"] = describe_changes(made, usual)
     for metric in METRICS:
         if metric in run.metrics:
             estimate = run.metrics[metric]
@@ -197,7 +197,7 @@ def _costs(history: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _changes(made: Mapping[str, Any], usual: Mapping[str, Any]) -> str | None:
+def describe_changes(made: Mapping[str, Any], usual: Mapping[str, Any]) -> str | None:
     """Write out which values differ from the usual ones; None where none does."""
     known = dict(flatten(usual))
     changes = (

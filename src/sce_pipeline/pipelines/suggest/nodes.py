@@ -35,8 +35,9 @@ def measure_losses(
 ) -> Candidates:
     """Take some steps of an epoch on the data set with each loss."""
     check_stamp(train_sequences, data_processing)
-    suggestion = profiling.suggestion
-    changes = {name: suggestion.changes_of(name) for name in suggestion.losses}
+    changes = profiling.suggestion.by_name()
+    if training.loss.name in changes:
+        changes[training.loss.name] = {}  # what a user has set is not laid over
     losses = choose_losses(changes, loss_presets, training.loss)
     n_items = int(train_sequences["n_items"][0])
     samples = {
@@ -101,7 +102,7 @@ def _choose(
     choice = choose_loss(found.costs, suggestion.max_slowdown)
     if choice is not None:
         own = choice.loss == training.loss.name
-        changes = {} if own else suggestion.changes_of(choice.loss)
+        changes = {} if own else suggestion.by_name()[choice.loss]
         return choice.loss, _prefix("training.loss", changes), choice.reason
     if found.need is None:
         reason = (
