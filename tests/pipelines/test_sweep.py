@@ -208,6 +208,33 @@ def test_rules_are_computed_for_the_trials_own_batch(project):
         planner.plan({"training.loss.n_buckets": {"rule": "sce_buckets"}})
 
 
+def test_rules_are_not_computed_from_another_data_set_that_was_made_alike(project):
+    made_with = make_planner(project)._check({"dataset": "walk"}).data_processing.model_dump()
+    planner = make_planner(project, DataSizes(100, 9.0, made_with))
+    own = planner._check({}).dataset
+    rule = {"training.loss.n_buckets": {"rule": "sce_n_buckets", "alpha": 2, "beta": 1}}
+    assert planner.plan({"loss": "sce", "dataset": "walk"}).runtime_params["dataset"] == "walk"
+    with pytest.raises(ValueError, match=f"sequences of {own}, .*the trial trains on walk"):
+        planner.plan({"loss": "sce", "dataset": "walk", **rule})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sweep_options.trials_at_once", 2),
+        ("comparison.n_permutations", 99),
+        ("trial", "mine"),
+        ("los", "cce"),
+    ],
+)
+def test_what_makes_no_difference_to_a_trial_cannot_be_varied(project, name, value):
+    planner = make_planner(project, dataset="walk")
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} makes no difference to a trial"):
+        planner.plan({"loss": "ce", name: value})
+    varied = {"loss": "cce", "loss_presets.cce.z_loss": 0.5}
+    assert planner.plan(varied).digest != planner.plan({"loss": "cce"}).digest
+
+
 def test_a_trial_is_what_is_in_force_and_no_sweep(project):
     planner = make_planner(project, dataset="walk", sweep="tiny", sweep_options={}, seed=3)
     trial = planner.plan({"loss": "ce"})

@@ -24,6 +24,9 @@ COMPARED = {
 }
 """What makes a trial another one."""
 
+PRESETS = {"dataset_presets", "model_presets", "loss_presets", "split_presets"}
+"""What is in force through one of these."""
+
 
 class Planner:
     """Makes trials of values by dotted names.
@@ -54,6 +57,7 @@ class Planner:
             ValueError: A name, a value or a rule is wrong.
         """
         values = dict(values)
+        _check_names(values)
         rules = {name: parse_rule(value) for name, value in values.items() if is_rule(value)}
         if rules:
             numbers = {name: value for name, value in values.items() if name not in rules}
@@ -81,9 +85,24 @@ class Planner:
 
     def _check_data(self, parameters: RunParameters) -> None:
         """Refuse to apply rules to data that the trial will not train on."""
+        if parameters.dataset != (measured := self._check(self._asked).dataset):
+            raise ValueError(
+                f"rules are computed from the sequences of {measured}, the data set of the sweep, "
+                f"and the trial trains on {parameters.dataset}: give each a sweep of its own"
+            )
         asked = parameters.data_processing.model_dump(mode="json")
         if found := differences(self._sizes.made_with, asked):
             raise ValueError(
                 "rules need the sequences that the trial trains on, and those there are were made "
                 f"with data_processing.{', '.join(found)}"
+            )
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Refuse to vary what no trial looks at: all would be one and the same."""
+    for name in values:
+        if name.partition(".")[0] not in COMPARED | PRESETS:
+            raise ValueError(
+                f"{name} makes no difference to a trial and cannot be varied; expected one of "
+                f"{', '.join(sorted(COMPARED))}, or a value of theirs"
             )
