@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
 
-from helpers import make_data_processing, make_training
+from helpers import SMALL_RUN, make_data_processing, make_log, make_training
 from sce_pipeline.evaluation.significance import holm
 from sce_pipeline.parameters import ComparisonParameters, EvaluationParameters
 from sce_pipeline.pipelines.comparison import create_pipeline
@@ -179,6 +180,16 @@ def test_without_a_complete_run_there_is_nothing_to_compare():
         collect_runs(folders.histories, folders.metrics, folders.rankings, STAMPS, "walk")
 
 
+def test_what_lacks_is_said_where_nothing_at_all_was_measured(project):
+    project.write_log("walk", make_log(n_users=40, n_items=12, length=8))
+    run = partial(project.run, **{**SMALL_RUN, "loss": "ce"})
+    with pytest.raises(ValueError, match=r"no complete run of a model on walk to compare$"):
+        run(pipelines=["data_processing", "comparison"])
+    run(pipelines=["training"])
+    with pytest.raises(ValueError, match=r"to compare; ce/\S+ lacks metrics, rankings$"):
+        run(pipelines=["comparison"])
+
+
 def test_the_leaderboard_has_a_row_for_each_run_the_best_first():
     folders = Folders().add("1", "ce", value=0.2).add("2", "sce", value=0.3).add_baselines("3")
     board = tabulate(folders.join())
@@ -313,7 +324,9 @@ def test_a_pair_of_unknown_or_unlike_runs_is_refused():
         compare(runs, (("1", "popularity"),))
 
 
-@pytest.mark.parametrize("pairs", [(), (("1", "1"),), (("1",),), "all"])
+@pytest.mark.parametrize(
+    "pairs", [(), (("1", "1"),), (("1",),), "all", (("1", "2"), ("3", "2"), ("2", "1"))]
+)
 def test_senseless_pairs_are_refused(pairs):
     with pytest.raises(ValueError, match="pairs"):
         ComparisonParameters(pairs=pairs, n_permutations=9)

@@ -25,7 +25,11 @@ class ComparisonParameters(Parameters):
     def _check_pairs(
         cls, pairs: Literal["best_per_loss"] | tuple[tuple[str, str], ...]
     ) -> Literal["best_per_loss"] | tuple[tuple[str, str], ...]:
+        seen: set[frozenset[str]] = set()
         for first, second in () if pairs == "best_per_loss" else pairs:
             if first == second:
                 raise ValueError(f"a pair must be of two runs, got {first} twice")
+            if (pair := frozenset({first, second})) in seen:  # Holm's correction would count both
+                raise ValueError(f"pairs must be distinct, got {first} and {second} twice")
+            seen.add(pair)
         return pairs
