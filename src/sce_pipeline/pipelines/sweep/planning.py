@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from kedro.framework.project import settings
@@ -83,12 +84,17 @@ class Planner:
         except OmegaConfBaseException as error:
             raise ValueError(str(error)) from error
 
+    @cached_property
+    def _dataset(self) -> str:
+        """The data set of the sweep; to know it takes the whole configuration."""
+        return self._check(self._asked).dataset
+
     def _check_data(self, parameters: RunParameters) -> None:
         """Refuse to apply rules to data that the trial will not train on."""
-        if parameters.dataset != (measured := self._check(self._asked).dataset):
+        if parameters.dataset != self._dataset:
             raise ValueError(
-                f"rules are computed from the sequences of {measured}, the data set of the sweep, "
-                f"and the trial trains on {parameters.dataset}: give each a sweep of its own"
+                f"rules are computed from the sequences of {self._dataset}, the data set of the "
+                f"sweep, and the trial trains on {parameters.dataset}: give each a sweep of its own"
             )
         asked = parameters.data_processing.model_dump(mode="json")
         if found := differences(self._sizes.made_with, asked):
